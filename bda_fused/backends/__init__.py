@@ -1,0 +1,62 @@
+"""The backends of residual attention, and the choice between them.
+
+``auto`` takes the first of CHOICES that can run the problem. A backend that is named runs or raises the one sentence
+that ``explain`` gives: nothing falls back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from bda_fused.backends.problem import Problem
+
+CHOICES = ("cuda", "triton", "cpu", "eager")
+NAMES = ("auto", *CHOICES)
+
+
+class BackendError(RuntimeError):
+    """A backend that was named cannot run the problem."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run a problem, and why the others would not.
+
+    backend: its name, None where the named one cannot run. refused: name -> one sentence.
+    """
+
+    backend: str | None
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend or 'none'} runs"]
+        return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.refused.items()])
+
+
+def module(name: str) -> ModuleType:
+    return import_module(f"bda_fused.backends.{name}")
+
+
+def availability() -> dict[str, str | None]:
+    """Backend -> None where it can run on this machine, else the one sentence that says why not."""
+    return {name: module(name).availability() for name in CHOICES}
+
+
+def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
+    """Ask every backend; with a name, ask as if it had been named."""
+    reasons = {name: module(name).can_run(problem) for name in CHOICES}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    candidates = CHOICES if backend == "auto" else (backend,)
+    return Explanation(next((name for name in candidates if name not in refused), None), refused)
+
+
+def select(problem: Problem, backend: str) -> ModuleType:
+    """The module of the backend that runs the problem; BackendError with its reason where a named one cannot."""
+    for name in CHOICES if backend == "auto" else (backend,):
+        chosen = module(name)
+        reason = chosen.can_run(problem)
+        if reason is None:
+            return chosen
+    raise BackendError(f"backend={backend!r} cannot run: {reason}")

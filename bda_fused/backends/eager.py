@@ -1,0 +1,158 @@
+"""The eager backend: residual attention in plain torch ops, forward and explicit backward, on any device.
+
+The twin that every kernel is compared with. It never expands a shared operand in memory: a product with one is a
+single GEMM over all images, or a batched GEMM with stride 0, and the gradient of one is a long GEMM over all images.
+All operands are 4-D, (B or 1, H or 1, rows, width); ops.py has the contract.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bda_fused import dropout
+from bda_fused.backends._gemm import product, summed_product
+from bda_fused.backends.problem import Problem
+from bda_fused.numerics import LOW_PRECISION, gemm_dtype, softmax_dtype
+
+# The backward reads the map; a backend without this recomputes it from the log-sum-exp.
+KEEPS_WEIGHTS = True
+
+
+def availability() -> str | None:
+    """None: torch is all that this backend needs."""
+    return None
+
+
+def can_run(problem: Problem) -> str | None:
+    """None: every problem is taken."""
+    return None
+
+
+def forward(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_weights: bool,
+    need_row_sum: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Y, the map before dropout, its row sums after dropout, and an empty log-sum-exp: this backend keeps the map."""
+    dtype = gemm_dtype(query.dtype, query.device)
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    weights = softmax_map(q, k, attn_bias, scale)
+    dropped = weights
+    if seed is not None:
+        dropped = weights * dropout.mask(seed, dropout_p, problem.scores, weights.dtype)
+    if residual is None:
+        y = product(dropped.to(dtype), v)
+    elif torch.promote_types(dtype, problem.result_dtype) == dtype:
+        y = product(dropped.to(dtype), v, add=residual.to(dtype))
+    else:
+        y = residual + product(dropped.to(dtype), v).to(problem.result_dtype)
+    return (
+        y.to(problem.result_dtype),
+        weights.to(value.dtype) if need_weights or need_grad else value.new_empty(0),
+        dropped.sum(-1).expand(problem.scores[:3]).contiguous() if need_row_sum else weights.new_empty(0),
+        weights.new_empty(0),
+    )
+
+
+def backward(
+    problem: Problem,
+    grad_y: Tensor,
+    grad_weights: Tensor | None,
+    grad_row_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    weights: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    residual_is_query: bool,
+    key_is_value: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and attn_bias, each of its operand's shape; empty where ``needs`` says no.
+
+    With ``residual_is_query`` the query's gradient includes the residual's, with ``key_is_value`` the key's includes
+    the value's.
+    """
+    need_query, need_key, need_value, need_bias = needs
+    dtype = gemm_dtype(query.dtype, query.device)
+    q, k, v, dy = query.to(dtype), key.to(dtype), value.to(dtype), grad_y.to(dtype)
+    p = weights.to(softmax_dtype(weights.dtype))
+    grad_q, grad_k, grad_v, grad_bias = (query.new_empty(0) for _ in range(4))
+
+    mask = None
+    if seed is not None:
+        mask = dropout.mask(seed, dropout_p, problem.scores, p.dtype)
+    if need_value or (need_key and key_is_value):
+        dropped = p if mask is None else p * mask
+        grad_v = _gradient(dropped.to(dtype).mT, dy, v.shape)
+    if need_query or need_key or need_bias:
+        dp = product(dy, v.mT).to(p.dtype)
+        if grad_row_sum is not None:
+            dp = dp + grad_row_sum[..., None]
+        if mask is not None:
+            dp = dp * mask
+        dp = dp.sum_to_size(p.shape)
+        if grad_weights is not None:
+            dp = dp + grad_weights
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        if need_bias:
+            assert attn_bias is not None
+            grad_bias = ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
+        if dtype in LOW_PRECISION:  # scaled before it is rounded, so that float16 sums do not overflow
+            ds, scale = ds.mul(scale).to(dtype), 1.0
+        if need_query:
+            grad_q = _gradient(ds, k, q.shape, add=dy if residual_is_query else None, alpha=scale)
+        if need_key:
+            grad_k = _gradient(ds.mT, q, k.shape, add=grad_v if key_is_value else None, alpha=scale)
+    return (
+        grad_q.to(query.dtype),
+        grad_k.to(key.dtype),
+        grad_v.to(value.dtype) if need_value else value.new_empty(0),
+        grad_bias,
+    )
+
+
+def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * Q K^T + attn_bias) in float32 or float64, over the batch axes of its own operands alone.
+
+    A row whose keys are all masked has weights 0.
+    """
+    dtype = softmax_dtype(q.dtype)
+    if attn_bias is None:
+        return torch.softmax(product(q, k.mT, alpha=scale), -1, dtype=dtype)
+    bias = attn_bias.to(dtype)
+    dead = (bias == -torch.inf).all(-1, keepdim=True)
+    # On an accelerator the question whether there is such a row would synchronise, so it is not asked there.
+    all_alive = bias.device.type == "cpu" and not bool(dead.any())
+    if not all_alive:
+        bias = bias.masked_fill(dead, 0.0)
+    if q.dtype == dtype:
+        scores = product(q, k.mT, add=bias, alpha=scale)
+    else:
+        scores = product(q, k.mT).to(dtype) * scale + bias
+    weights = torch.softmax(scores, -1)
+    return weights if all_alive else weights.masked_fill(dead, 0.0)
+
+
+def _gradient(
+    a: Tensor, b: Tensor, shape: torch.Size, *, add: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    """alpha * A B + add as the gradient of an operand of ``shape``: summed over the batch axes that it shares."""
+    if shape[:2] == torch.broadcast_shapes(a.shape[:2], b.shape[:2]):
+        return product(a, b, add=None if add is None else add.sum_to_size(shape), alpha=alpha)
+    grad = summed_product(a, b, shape, alpha=alpha)
+    return grad if add is None else grad.add_(add.sum_to_size(shape))

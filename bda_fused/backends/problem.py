@@ -1,0 +1,34 @@
+"""What a backend is asked to do: the facts on which the choice between backends rests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One residual attention over 4-D operands, without its data.
+
+    scores: (B, H, L, S), the broadcast of all operands. result_dtype: the dtype of Y.
+    """
+
+    scores: tuple[int, int, int, int]
+    dtype: torch.dtype
+    result_dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None, attn_bias: Tensor | None
+    ) -> Problem:
+        operands = [x for x in (query, key, value, residual, attn_bias) if x is not None]
+        batch, heads = torch.broadcast_shapes(*(x.shape[:2] for x in operands))
+        return cls(
+            scores=(batch, heads, query.shape[2], key.shape[2]),
+            dtype=query.dtype,
+            result_dtype=value.dtype if residual is None else torch.result_type(residual, value),
+            device=query.device,
+        )

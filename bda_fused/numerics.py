@@ -1,0 +1,30 @@
+"""The dtypes in which a result is computed: one rule for every backend and module."""
+
+from __future__ import annotations
+
+import torch
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def has_fast_gemm(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products of ``dtype`` run at full speed on ``device``.
+
+    A CPU multiplies bfloat16 and float16 quickly only with instructions for it; without them torch's own
+    path is ten times and more slower than float32.
+    """
+    if dtype not in LOW_PRECISION or device.type != "cpu":
+        return True
+    if dtype == torch.float16:
+        return torch.cpu._is_amx_fp16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the operands of matrix products: ``dtype`` itself, or float32 where that is faster."""
+    return dtype if has_fast_gemm(dtype, device) else torch.float32
+
+
+def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, softmax and of every fold of weights: float32, and float64 for float64."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
