@@ -36,7 +36,9 @@ def check_operand(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_name(tensor.dtype)}")
 
 
-def check_options(scale: Any, dropout_p: Any, need_weights: Any, backend: Any, backends: tuple[str, ...]) -> None:
+def check_options(
+    scale: Any, dropout_p: Any, need_weights: Any, backend: Any, backends: tuple[str, ...]
+) -> None:
     """The keywords of residual_attention, ssa and vsa."""
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, Real):
@@ -55,18 +57,36 @@ def check_options(scale: Any, dropout_p: Any, need_weights: Any, backend: Any, b
         raise ValueError(f"backend must be one of {', '.join(backends)}, got {backend!r}")
 
 
-def check_same_device(**tensors: Tensor | None) -> None:
-    query = tensors["query"]
-    assert query is not None
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
+def checked_operands(
+    query: Any, key: Any, value: Any, residual: Any, attn_bias: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value in their common dtype (autocast's, where it is on), or the first refusal that applies."""
+    operands = {"query": query, "key": key, "value": value, "residual": residual, "attn_bias": attn_bias}
+    for name, tensor in operands.items():
+        if tensor is not None or name in ("query", "key", "value"):
+            check_operand(name, tensor)
+    check_same_device(operands)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    check_same_dtype(query, key, value)
+    check_shapes(query, key, value, residual, attn_bias)
+    return query, key, value
+
+
+def check_same_device(operands: dict[str, Tensor | None]) -> None:
+    devices = {name: tensor.device for name, tensor in operands.items() if tensor is not None}
+    for name, device in devices.items():
+        if device != devices["query"]:
+            raise ValueError(f"{name} must be on the query's device {devices['query']}, got {device}")
 
 
 def check_same_dtype(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the query's dtype {_name(query.dtype)}, got {_name(tensor.dtype)}")
+            raise TypeError(
+                f"{name} must have the query's dtype {_name(query.dtype)}, got {_name(tensor.dtype)}"
+            )
 
 
 def _check_batch(axis: str, name: str, size: int, known: int, source: str) -> tuple[int, str]:
@@ -106,7 +126,9 @@ def check_shapes(
             f"query, key and value must be at least 1 wide, got {query.shape[-1]} and {value.shape[-1]}"
         )
     if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have one row for each of the {key.shape[-2]} keys, got {value.shape[-2]}")
+        raise ValueError(
+            f"value must have one row for each of the {key.shape[-2]} keys, got {value.shape[-2]}"
+        )
     if residual is not None and residual.shape[-2:] != (query.shape[-2], value.shape[-1]):
         raise ValueError(
             f"residual must end in (L, Dv) = ({query.shape[-2]}, {value.shape[-1]}), got shape {_shape(residual)}"
@@ -153,8 +175,10 @@ def _check_ranks(function: str, ranks: dict[str, tuple[Tensor, int]]) -> None:
         shared = rank == 2
         fits = tensor.dim() == rank or (tensor.dim() == 4 and (not shared or tensor.shape[0] == 1))
         if not fits:
-            allowed = "shared by all images, (rows, width) or (1, H, rows, width)" if shared else (
-                "per image, (B, rows, width) or (B, H, rows, width)"
+            allowed = (
+                "shared by all images, (rows, width) or (1, H, rows, width)"
+                if shared
+                else ("per image, (B, rows, width) or (B, H, rows, width)")
             )
             raise ValueError(
                 f"{name} of {function} must be {allowed}, got shape {_shape(tensor)}: "
@@ -164,9 +188,13 @@ def _check_ranks(function: str, ranks: dict[str, tuple[Tensor, int]]) -> None:
 
 def check_ssa(query: Tensor, key: Tensor, value: Tensor, residual: Tensor) -> None:
     """Regions ask: query and residual per image, key and value shared."""
-    _check_ranks("ssa", {"query": (query, 3), "key": (key, 2), "value": (value, 2), "residual": (residual, 3)})
+    _check_ranks(
+        "ssa", {"query": (query, 3), "key": (key, 2), "value": (value, 2), "residual": (residual, 3)}
+    )
 
 
 def check_vsa(query: Tensor, key: Tensor, value: Tensor, residual: Tensor) -> None:
     """Attributes ask: query and residual shared, key and value per image."""
-    _check_ranks("vsa", {"query": (query, 2), "key": (key, 3), "value": (value, 3), "residual": (residual, 2)})
+    _check_ranks(
+        "vsa", {"query": (query, 2), "key": (key, 3), "value": (value, 3), "residual": (residual, 2)}
+    )

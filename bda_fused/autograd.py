@@ -59,11 +59,21 @@ class ResidualAttentionFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         query, key, value, residual, attn_bias, seed, *options = inputs
-        ctx.scale, ctx.dropout_p, ctx.residual_is_query, ctx.need_weights, ctx.need_row_sum, _, ctx.backend = options
+        (
+            ctx.scale,
+            ctx.dropout_p,
+            ctx.residual_is_query,
+            ctx.need_weights,
+            ctx.need_row_sum,
+            _,
+            ctx.backend,
+        ) = options
         y, weights, _, lse = output
         ctx.save_for_backward(query, key, value, attn_bias, seed, weights, lse)
         ctx.y_shape, ctx.y_dtype = y.shape, y.dtype
-        ctx.residual_shape, ctx.residual_dtype = (None, None) if residual is None else (residual.shape, residual.dtype)
+        ctx.residual_shape, ctx.residual_dtype = (
+            (None, None) if residual is None else (residual.shape, residual.dtype)
+        )
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -131,10 +141,6 @@ class ResidualAttentionFunction(Function):
             "residual attention does not support torch.func.vmap: put the mapped axis into the batch axis of its operands"
         )
 
-    @staticmethod
-    def jvp(*_: Any) -> NoReturn:
-        raise RuntimeError("residual attention has no forward-mode derivative: use reverse mode")
-
 
 class SSAFunction(ResidualAttentionFunction):
     """ResidualAttentionFunction for semantic synthesis attention: per-image queries, keys and values shared by all."""
@@ -196,5 +202,7 @@ def differentiable_backward(
             grad_q = grad_q + dy.sum_to_size(q.shape)
         if value is None:
             grad_k = grad_k + grad_v
-        grad_bias = q.new_empty(0) if attn_bias is None else ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
+        grad_bias = (
+            q.new_empty(0) if attn_bias is None else ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
+        )
         return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(query.dtype), grad_bias

@@ -15,6 +15,7 @@ from torch import Tensor
 from bda_fused import _checks, backends
 from bda_fused.autograd import ResidualAttentionFunction
 from bda_fused.dropout import draw_seed
+from bda_fused.shapes import lift, lift_bias, lower
 
 
 def residual_attention(
@@ -62,7 +63,7 @@ def residual_attention(
         bda_fused.backends.BackendError: the named backend cannot run this problem.
     """
     _checks.check_options(scale, dropout_p, need_weights, backend, backends.NAMES)
-    query, key, value = _checked(query, key, value, residual, attn_bias)
+    query, key, value = _checks.checked_operands(query, key, value, residual, attn_bias)
     y, weights, _ = attend(
         query,
         key,
@@ -170,15 +171,15 @@ def attend(
     rows of the map after dropout, which are 1 without dropout except in fully masked rows.
     """
     operands = [x for x in (query, key, value, residual) if x is not None]
-    bias = None if attn_bias is None else _lift_bias(attn_bias, heads=query.dim() == 4)
+    bias = None if attn_bias is None else lift_bias(attn_bias, heads=query.dim() == 4)
     need_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*operands, attn_bias)
     )
     y, weights, row_sum, _ = ResidualAttentionFunction.apply(
-        _lift(query),
-        _lift(key),
-        None if value is None else _lift(value),
-        None if residual is None else _lift(residual),
+        lift(query),
+        lift(key),
+        None if value is None else lift(value),
+        None if residual is None else lift(residual),
         bias,
         draw_seed(query.device) if dropout_p else None,
         query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -192,45 +193,7 @@ def attend(
     batch = y.shape[:2]
     flat = all(x.dim() == 2 for x in operands) and (attn_bias is None or attn_bias.dim() <= 2)
     return (
-        _lower(y, query.dim(), flat),
-        _lower(weights.expand(*batch, -1, -1), query.dim(), flat) if need_weights else None,
-        _lower(row_sum, query.dim(), flat) if need_row_sum else None,
+        lower(y, query.dim(), flat),
+        lower(weights.expand(*batch, -1, -1), query.dim(), flat) if need_weights else None,
+        lower(row_sum, query.dim(), flat) if need_row_sum else None,
     )
-
-
-def _checked(
-    query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None, attn_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value in their common dtype, or the first refusal that applies."""
-    operands = {"query": query, "key": key, "value": value, "residual": residual, "attn_bias": attn_bias}
-    for name, tensor in operands.items():
-        if tensor is not None or name in ("query", "key", "value"):
-            _checks.check_operand(name, tensor)
-    _checks.check_same_device(**operands)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    _checks.check_same_dtype(query, key, value)
-    _checks.check_shapes(query, key, value, residual, attn_bias)
-    return query, key, value
-
-
-def _lift(x: Tensor) -> Tensor:
-    """(L, D) and (B, L, D) as (B or 1, 1, L, D)."""
-    if x.dim() == 2:
-        return x[None, None]
-    return x[:, None] if x.dim() == 3 else x
-
-
-def _lift_bias(bias: Tensor, heads: bool) -> Tensor:
-    """Any accepted bias as (B or 1, H or 1, L or 1, S or 1)."""
-    if bias.dim() == 3 and not heads:
-        return bias[:, None]
-    return bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
-
-
-def _lower(x: Tensor, query_dim: int, flat: bool) -> Tensor:
-    """A result without the axes that its operands lacked."""
-    if query_dim == 4:
-        return x
-    return x[0, 0] if flat else x[:, 0]

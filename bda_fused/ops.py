@@ -71,7 +71,18 @@ def _forward(
     chosen = backends.select(problem, backend)
     with torch.autocast(query.device.type, enabled=False):
         return chosen.forward(
-            problem, query, key, value, residual, attn_bias, seed, scale, dropout_p, need_weights, need_row_sum, need_grad
+            problem,
+            query,
+            key,
+            value,
+            residual,
+            attn_bias,
+            seed,
+            scale,
+            dropout_p,
+            need_weights,
+            need_row_sum,
+            need_grad,
         )
 
 

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
+from torch import Tensor
+
+from bda_fused import _checks
 from bda_fused.backends.problem import Problem
+from bda_fused.shapes import lift, lift_bias
 
 CHOICES = ("cuda", "triton", "cpu", "eager")
 NAMES = ("auto", *CHOICES)
@@ -44,8 +48,24 @@ def availability() -> dict[str, str | None]:
     return {name: module(name).availability() for name in CHOICES}
 
 
-def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
-    """Ask every backend; with a name, ask as if it had been named."""
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None = None,
+    *,
+    attn_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend ``residual_attention`` would use for these tensors, and why the others would not run them.
+
+    Raises:
+        TypeError, ValueError: as ``residual_attention`` does for the same tensors.
+    """
+    _checks.check_options(None, 0.0, False, backend, NAMES)
+    query, key, value = _checks.checked_operands(query, key, value, residual, attn_bias)
+    bias = None if attn_bias is None else lift_bias(attn_bias, heads=query.dim() == 4)
+    problem = Problem.of(lift(query), lift(key), lift(value), None if residual is None else lift(residual), bias)
     reasons = {name: module(name).can_run(problem) for name in CHOICES}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     candidates = CHOICES if backend == "auto" else (backend,)

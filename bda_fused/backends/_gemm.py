@@ -16,8 +16,12 @@ def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1
         fused = add is not None and add.shape in (shape, (1, 1, 1, shape[3])) and _merges(add, 3)
         rows = add.flatten(0, 2) if fused else None
         out = _gemm(torch.addmm, rows, a.flatten(0, 2), b[0, 0], alpha)
-    elif _merges(a.expand(*batch, -1, -1), 2) and _merges(b.expand(*batch, -1, -1), 2):  # shared: a batch of stride 0
-        fused = add is not None and add.shape[:2] in (batch, (1, 1)) and _merges(add.expand(*batch, -1, -1), 2)
+    elif _merges(a.expand(*batch, -1, -1), 2) and _merges(
+        b.expand(*batch, -1, -1), 2
+    ):  # shared: a batch of stride 0
+        fused = (
+            add is not None and add.shape[:2] in (batch, (1, 1)) and _merges(add.expand(*batch, -1, -1), 2)
+        )
         blocks = add.expand(*batch, -1, -1).flatten(0, 1) if fused else None
         a, b = (x.expand(*batch, -1, -1).flatten(0, 1) for x in (a, b))
         out = _gemm(torch.baddbmm, blocks, a, b, alpha)

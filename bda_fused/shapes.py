@@ -1,0 +1,26 @@
+"""Between the shapes that users pass and the 4-D operands of the operators."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def lift(x: Tensor) -> Tensor:
+    """(L, D) and (B, L, D) as (B or 1, 1, L, D)."""
+    if x.dim() == 2:
+        return x[None, None]
+    return x[:, None] if x.dim() == 3 else x
+
+
+def lift_bias(bias: Tensor, heads: bool) -> Tensor:
+    """Any accepted bias as (B or 1, H or 1, L or 1, S or 1)."""
+    if bias.dim() == 3 and not heads:
+        return bias[:, None]
+    return bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
+
+
+def lower(x: Tensor, query_dim: int, flat: bool) -> Tensor:
+    """A result without the axes that its operands lacked."""
+    if query_dim == 4:
+        return x
+    return x[0, 0] if flat else x[:, 0]
