@@ -11,6 +11,7 @@ computed by ``differentiable_backward``, these formulas in plain torch ops.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -140,6 +141,10 @@ class ResidualAttentionFunction(Function):
         raise RuntimeError(
             "residual attention does not support torch.func.vmap: put the mapped axis into the batch axis of its operands"
         )
+
+
+# Function.apply asks for this signature in every call, and building it anew takes as long as a small problem.
+ResidualAttentionFunction.forward.__signature__ = signature(ResidualAttentionFunction.forward)  # type: ignore[attr-defined]
 
 
 class SSAFunction(ResidualAttentionFunction):

@@ -96,7 +96,11 @@ def attend(
             need_weights=need_weights,
             need_row_sum=output.row_bias is not None and dropout_p > 0,
         )
-        result = fold.apply(output, _join(result, heads), row_sum)
+        if heads > 1:
+            result = _join(result)
+            if queries.dim() == source.dim() == 2:
+                result, weights = result[0], None if weights is None else weights[0]
+        result = fold.apply(output, result, row_sum)
         if residual is not None and not in_op:
             result = result + residual
         dtype = dtypes.result if residual is None else torch.promote_types(residual.dtype, dtypes.result)
@@ -266,6 +270,6 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.transpose(-3, -2) if x.dim() == 4 else x.transpose(-3, -2)[None]
 
 
-def _join(y: Tensor, heads: int) -> Tensor:
-    """The inverse of ``_split`` for a result."""
-    return y if heads == 1 else y.transpose(1, 2).flatten(2)
+def _join(y: Tensor) -> Tensor:
+    """(B, H, L, C / H) as (B, L, C)."""
+    return y.transpose(1, 2).flatten(2)

@@ -29,6 +29,7 @@ from torch import Tensor
 from bda_fused import backends
 from bda_fused.backends.problem import Problem
 from bda_fused.numerics import softmax_dtype
+from bda_fused.shapes import batch_of
 
 _library = torch.library.Library("bda_fused", "DEF")
 _library.define(
@@ -107,7 +108,7 @@ def _forward_fake(
     problem = Problem.of(query, key, value, residual, attn_bias)
     keeps = backends.select(problem, backend).KEEPS_WEIGHTS
     scored = [query, key] if attn_bias is None else [query, key, attn_bias]
-    batch = torch.broadcast_shapes(*(x.shape[:2] for x in scored))
+    batch = batch_of(*scored)
     *outer, rows, keys = problem.scores
     statistics = softmax_dtype(problem.dtype)
     return (

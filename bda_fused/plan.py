@@ -23,14 +23,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, get_args
+
+import torch
 
 Scores = Literal["project", "fold_key", "merge_key", "fold_query", "merge_query"]
 Values = Literal["before", "before_merged", "after", "apart"]
 
 # FLOPs that take as long as one byte of memory traffic: about 100 GFLOP/s over 10 GB/s for a CPU core; a GPU's tensor
 # cores over its DRAM. Only the order of magnitude matters: it breaks ties between algebras of like FLOPs.
-FLOPS_PER_BYTE = {"cpu": 10.0, "cuda": 150.0}
+FLOPS_PER_BYTE = {"cpu": 10, "cuda": 150}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def time(self, device_type: str) -> float:
+    def time(self, device_type: str) -> int:
         """Work in units of one FLOP of ``device_type``, comparable between algebras of one problem."""
         return self.flops + FLOPS_PER_BYTE.get(device_type, FLOPS_PER_BYTE["cuda"]) * self.bytes
 
@@ -161,12 +164,22 @@ def choose(
     device_type: str = "cpu",
 ) -> Plan:
     """The plan of least time by the cost model, or the one that ``force`` demands."""
+    cheapest = _cheapest if torch.compiler.is_compiling() else _remembered_cheapest
+    plan = cheapest(size, out_proj, kv_dropout, frozen, device_type)
+    if _forced is None:
+        return plan
+    return _forced.apply(plan, *allowed(out_proj=out_proj, heads=size.heads, kv_dropout=kv_dropout))
+
+
+def _cheapest(size: Size, out_proj: bool, kv_dropout: bool, frozen: bool, device_type: str) -> Plan:
     scores, values = allowed(out_proj=out_proj, heads=size.heads, kv_dropout=kv_dropout)
-    plan = Plan(
+    return Plan(
         min(scores, key=lambda name: _score_cost(name, size, frozen).time(device_type)),
         min(values, key=lambda name: _value_cost(name, size, out_proj, frozen).time(device_type)),
     )
-    return _forced.apply(plan, scores, values) if _forced is not None else plan
+
+
+_remembered_cheapest = lru_cache(maxsize=1024)(_cheapest)
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from bda_fused.shapes import batch_of
 
 
 def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """alpha * A B + add for A (., ., M, K) and B (., ., K, N), whose two batch axes broadcast, and so does ``add``."""
-    batch = torch.broadcast_shapes(a.shape[:2], b.shape[:2])
-    shape = torch.Size((*batch, a.shape[2], b.shape[3]))
+    batch = batch_of(a, b)
+    shape = (*batch, a.shape[2], b.shape[3])
     if b.shape[:2] == (1, 1) and _merges(a, 3):  # one GEMM over the rows of all images
-        fused = add is not None and add.shape in (shape, (1, 1, 1, shape[3])) and _merges(add, 3)
-        rows = add.flatten(0, 2) if fused else None
-        out = _gemm(torch.addmm, rows, a.flatten(0, 2), b[0, 0], alpha)
-    elif _merges(a.expand(*batch, -1, -1), 2) and _merges(
-        b.expand(*batch, -1, -1), 2
-    ):  # shared: a batch of stride 0
-        fused = (
-            add is not None and add.shape[:2] in (batch, (1, 1)) and _merges(add.expand(*batch, -1, -1), 2)
-        )
-        blocks = add.expand(*batch, -1, -1).flatten(0, 1) if fused else None
-        a, b = (x.expand(*batch, -1, -1).flatten(0, 1) for x in (a, b))
-        out = _gemm(torch.baddbmm, blocks, a, b, alpha)
-    else:
-        fused = False
-        out = summed_product(a, b, shape, alpha=alpha)
-    out = out.view(shape)
-    return out if add is None or fused else out + add
+        in_gemm = add is not None and add.shape in (shape, (1, 1, 1, shape[3])) and _merges(add, 3)
+        fused, axes, b = torch.addmm, 3, b[0, 0]
+    else:  # a batched GEMM, in which a shared operand is a batch of stride 0
+        a, b = a.expand(*batch, -1, -1), b.expand(*batch, -1, -1)
+        if not (_merges(a, 2) and _merges(b, 2)):
+            out = summed_product(a, b, shape, alpha=alpha)
+            return out if add is None else out + add
+        if add is not None and add.shape[:2] in (batch, (1, 1)):
+            add = add.expand(*batch, -1, -1)
+        in_gemm = add is not None and add.shape[:2] == batch and _merges(add, 2)
+        fused, axes, b = torch.baddbmm, 2, b.flatten(0, 1)
+    a = a.flatten(0, axes - 1)
+    if add is None or not in_gemm:
+        out = fused(a.new_empty(()), a, b, beta=0, alpha=alpha).view(shape)  # beta = 0: nothing is read
+        return out if add is None else out + add
+    return fused(add.flatten(0, axes - 1), a, b, alpha=alpha).view(shape)
 
 
-def summed_product(a: Tensor, b: Tensor, shape: torch.Size, *, alpha: float = 1.0) -> Tensor:
+def summed_product(a: Tensor, b: Tensor, shape: tuple[int, ...], *, alpha: float = 1.0) -> Tensor:
     """alpha * A B, summed over the batch axes that ``shape`` has as 1: the gradient of an operand shared along them.
 
     The sum runs inside one long GEMM.
@@ -62,10 +61,3 @@ def _merges(x: Tensor, axes: int) -> bool:
                 return False
             stride = x.stride(axis) * x.shape[axis]
     return True
-
-
-def _gemm(fused: Callable[..., Tensor], add: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """torch.addmm or torch.baddbmm, which with beta = 0 read nothing of the tensor to be added."""
-    if add is None:
-        return fused(a.new_empty(()), a, b, beta=0, alpha=alpha)
-    return fused(add, a, b, alpha=alpha)

@@ -14,6 +14,7 @@ from bda_fused import dropout
 from bda_fused.backends._gemm import product, summed_product
 from bda_fused.backends.problem import Problem
 from bda_fused.numerics import LOW_PRECISION, gemm_dtype, softmax_dtype
+from bda_fused.shapes import batch_of
 
 # The backward reads the map; a backend without this recomputes it from the log-sum-exp.
 KEEPS_WEIGHTS = True
@@ -152,7 +153,7 @@ def _gradient(
     a: Tensor, b: Tensor, shape: torch.Size, *, add: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
     """alpha * A B + add as the gradient of an operand of ``shape``: summed over the batch axes that it shares."""
-    if shape[:2] == torch.broadcast_shapes(a.shape[:2], b.shape[:2]):
+    if tuple(shape[:2]) == batch_of(a, b):
         return product(a, b, add=None if add is None else add.sum_to_size(shape), alpha=alpha)
     grad = summed_product(a, b, shape, alpha=alpha)
     return grad if add is None else grad.add_(add.sum_to_size(shape))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bda_fused.shapes import batch_of
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,9 +27,8 @@ class Problem:
         cls, query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None, attn_bias: Tensor | None
     ) -> Problem:
         operands = [x for x in (query, key, value, residual, attn_bias) if x is not None]
-        batch, heads = torch.broadcast_shapes(*(x.shape[:2] for x in operands))
         return cls(
-            scores=(batch, heads, query.shape[2], key.shape[2]),
+            scores=(*batch_of(*operands), query.shape[2], key.shape[2]),
             dtype=query.dtype,
             result_dtype=value.dtype if residual is None else torch.result_type(residual, value),
             device=query.device,
