@@ -36,9 +36,7 @@ def check_operand(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_name(tensor.dtype)}")
 
 
-def check_options(
-    scale: Any, dropout_p: Any, need_weights: Any, backend: Any, backends: tuple[str, ...]
-) -> None:
+def check_options(scale: Any, dropout_p: Any, need_weights: Any, backend: Any, backends: tuple[str, ...]) -> None:
     """The keywords of residual_attention, ssa and vsa."""
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, Real):
@@ -57,9 +55,7 @@ def check_options(
         raise ValueError(f"backend must be one of {', '.join(backends)}, got {backend!r}")
 
 
-def checked_operands(
-    query: Any, key: Any, value: Any, residual: Any, attn_bias: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def checked_operands(query: Any, key: Any, value: Any, residual: Any, attn_bias: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value in their common dtype (autocast's, where it is on), or the first refusal that applies."""
     operands = {"query": query, "key": key, "value": value, "residual": residual, "attn_bias": attn_bias}
     for name, tensor in operands.items():
@@ -84,9 +80,7 @@ def check_same_device(operands: dict[str, Tensor | None]) -> None:
 def check_same_dtype(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
-            raise TypeError(
-                f"{name} must have the query's dtype {_name(query.dtype)}, got {_name(tensor.dtype)}"
-            )
+            raise TypeError(f"{name} must have the query's dtype {_name(query.dtype)}, got {_name(tensor.dtype)}")
 
 
 def _check_batch(axis: str, name: str, size: int, known: int, source: str) -> tuple[int, str]:
@@ -101,9 +95,7 @@ def _check_batch(axis: str, name: str, size: int, known: int, source: str) -> tu
     )
 
 
-def check_shapes(
-    query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None, attn_bias: Tensor | None
-) -> None:
+def check_shapes(query: Tensor, key: Tensor, value: Tensor, residual: Tensor | None, attn_bias: Tensor | None) -> None:
     """The shape rule: query, key, value and residual all 2-D or 3-D without heads, or all 4-D with heads."""
     operands = {"query": query, "key": key, "value": value}
     if residual is not None:
@@ -122,13 +114,9 @@ def check_shapes(
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the query's width {query.shape[-1]}, got {key.shape[-1]}")
     if query.shape[-1] == 0 or value.shape[-1] == 0:
-        raise ValueError(
-            f"query, key and value must be at least 1 wide, got {query.shape[-1]} and {value.shape[-1]}"
-        )
+        raise ValueError(f"query, key and value must be at least 1 wide, got {query.shape[-1]} and {value.shape[-1]}")
     if value.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"value must have one row for each of the {key.shape[-2]} keys, got {value.shape[-2]}"
-        )
+        raise ValueError(f"value must have one row for each of the {key.shape[-2]} keys, got {value.shape[-2]}")
     if residual is not None and residual.shape[-2:] != (query.shape[-2], value.shape[-1]):
         raise ValueError(
             f"residual must end in (L, Dv) = ({query.shape[-2]}, {value.shape[-1]}), got shape {_shape(residual)}"
@@ -153,9 +141,7 @@ def _check_bias(
 ) -> None:
     if attn_bias.dim() > (4 if heads else 3) or (heads and attn_bias.dim() == 3):
         allowed = "at most 2-D, or 4-D" if heads else "at most 3-D"
-        raise ValueError(
-            f"attn_bias must be {allowed} when query is {query.dim()}-D, got shape {_shape(attn_bias)}"
-        )
+        raise ValueError(f"attn_bias must be {allowed} when query is {query.dim()}-D, got shape {_shape(attn_bias)}")
     score_shape = (query.shape[-2], key.shape[-2])
     for size, expected in zip(reversed(attn_bias.shape[-2:]), reversed(score_shape), strict=False):
         if size != expected and size != 1:
@@ -188,13 +174,9 @@ def _check_ranks(function: str, ranks: dict[str, tuple[Tensor, int]]) -> None:
 
 def check_ssa(query: Tensor, key: Tensor, value: Tensor, residual: Tensor) -> None:
     """Regions ask: query and residual per image, key and value shared."""
-    _check_ranks(
-        "ssa", {"query": (query, 3), "key": (key, 2), "value": (value, 2), "residual": (residual, 3)}
-    )
+    _check_ranks("ssa", {"query": (query, 3), "key": (key, 2), "value": (value, 2), "residual": (residual, 3)})
 
 
 def check_vsa(query: Tensor, key: Tensor, value: Tensor, residual: Tensor) -> None:
     """Attributes ask: query and residual shared, key and value per image."""
-    _check_ranks(
-        "vsa", {"query": (query, 2), "key": (key, 3), "value": (value, 3), "residual": (residual, 2)}
-    )
+    _check_ranks("vsa", {"query": (query, 2), "key": (key, 3), "value": (value, 3), "residual": (residual, 2)})

@@ -72,9 +72,7 @@ class ResidualAttentionFunction(Function):
         y, weights, _, lse = output
         ctx.save_for_backward(query, key, value, attn_bias, seed, weights, lse)
         ctx.y_shape, ctx.y_dtype = y.shape, y.dtype
-        ctx.residual_shape, ctx.residual_dtype = (
-            (None, None) if residual is None else (residual.shape, residual.dtype)
-        )
+        ctx.residual_shape, ctx.residual_dtype = (None, None) if residual is None else (residual.shape, residual.dtype)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -207,7 +205,5 @@ def differentiable_backward(
             grad_q = grad_q + dy.sum_to_size(q.shape)
         if value is None:
             grad_k = grad_k + grad_v
-        grad_bias = (
-            q.new_empty(0) if attn_bias is None else ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
-        )
+        grad_bias = q.new_empty(0) if attn_bias is None else ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
         return grad_q.to(query.dtype), grad_k.to(key.dtype), grad_v.to(query.dtype), grad_bias

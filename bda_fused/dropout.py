@@ -39,9 +39,7 @@ def _product(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (upper >> 16) & _WORD, ((upper << 16) | (partial & 0xFFFF)) & _WORD
 
 
-def philox(
-    seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four 32-bit words in int64 tensors, from an int64 seed and four counter words that broadcast."""
     key = [seed & _WORD, (seed >> 32) & _WORD]
     c0, c1, c2, c3 = counter

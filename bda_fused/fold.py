@@ -48,9 +48,7 @@ class Dtypes:
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != dtype:
-            raise TypeError(
-                f"the inputs must have the parameters' dtype {dtype} outside autocast, got {x.dtype}"
-            )
+            raise TypeError(f"the inputs must have the parameters' dtype {dtype} outside autocast, got {x.dtype}")
         return cls(dtype, gemm_dtype(dtype, x.device), softmax_dtype(dtype))
 
     def of_rows(self, x: Tensor) -> torch.dtype:
@@ -64,11 +62,13 @@ def attend(
     source: Tensor,
     *,
     attn_bias: Tensor | None = None,
+    images: int | None = None,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What ``module`` computes for queries (B, L, C) or (L, C) that ask the rows of source (B, S, C) or (S, C).
 
-    attn_bias (L, S), finite, is added to the scaled scores. Returns Y, and the map before dropout or None.
+    attn_bias (L, S), finite, is added to the scaled scores. ``images`` asks for so many results, each with its own
+    dropout mask, of queries and source that all images share. Returns Y, and the map before dropout or None.
     """
     dtypes = Dtypes.of(module, queries)
     dropout_p = module.dropout if module.training else 0.0
@@ -84,21 +84,25 @@ def attend(
             bias = attn_bias if bias is None else bias + attn_bias
         residual = queries if module.residual else None
         in_op = residual is not None and heads == 1 and output.weight is None and output.bias is None
+        one_operand = in_op and residual is query and images is None
+        op_residual = residual if in_op and not one_operand else None
+        if images is not None:  # a residual per image, in which all are the same, asks for a mask per image
+            op_residual = (query.new_zeros(()) if op_residual is None else op_residual).expand(images, *query.shape)
         result, weights, row_sum = functional.attend(
             _split(query.to(dtypes.gemm), heads),
             _split(key.to(dtypes.gemm), heads),
             None if value is key else _split(value.to(dtypes.gemm), heads),
-            residual if in_op and residual is not query else None,
+            None if op_residual is None else _split(op_residual, heads),
             scale=module.scale * module.kv_scale,
             attn_bias=bias,
             dropout_p=dropout_p,
-            residual_is_query=in_op and residual is query,
+            residual_is_query=one_operand,
             need_weights=need_weights,
             need_row_sum=output.row_bias is not None and dropout_p > 0,
         )
         if heads > 1:
             result = _join(result)
-            if queries.dim() == source.dim() == 2:
+            if queries.dim() == source.dim() == 2 and images is None:
                 result, weights = result[0], None if weights is None else weights[0]
         result = fold.apply(output, result, row_sum)
         if residual is not None and not in_op:
@@ -156,9 +160,7 @@ class _Fold:
 
     # Scores: query, key and key bias (S,) or (B, 1, S), already scaled, or None.
 
-    def scores(
-        self, algebra: plan.Scores, queries: Tensor, source: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def scores(self, algebra: plan.Scores, queries: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         operands: tuple[Tensor, Tensor, Tensor | None] = getattr(self, algebra)(queries, source)
         return operands
 

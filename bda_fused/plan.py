@@ -95,9 +95,7 @@ class Plan:
     def cost(self, size: Size, *, out_proj: bool = False, frozen: bool = False) -> Cost:
         """One forward of the module. ``frozen``: products of parameters and of shared operands are at hand already."""
         return (
-            _score_cost(self.scores, size, frozen)
-            + _value_cost(self.values, size, out_proj, frozen)
-            + map_cost(size)
+            _score_cost(self.scores, size, frozen) + _value_cost(self.values, size, out_proj, frozen) + map_cost(size)
         )
 
 
@@ -190,9 +188,7 @@ class _Force:
     def apply(self, plan: Plan, scores: tuple[Scores, ...], values: tuple[Values, ...]) -> Plan:
         for name, given, options in (("scores", self.scores, scores), ("values", self.values, values)):
             if given is not None and given not in options:
-                raise ValueError(
-                    f"{name}={given!r} is not exact for this module, allowed are {', '.join(options)}"
-                )
+                raise ValueError(f"{name}={given!r} is not exact for this module, allowed are {', '.join(options)}")
         return Plan(self.scores or plan.scores, self.values or plan.values)
 
 

@@ -38,9 +38,7 @@ def assert_close(
     name: str = "result",
 ) -> None:
     """AssertionError unless ``result`` is as good as the rule of numerics asks: one rule for all tests."""
-    assert result.shape == truth.shape, (
-        f"{name} has shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
-    )
+    assert result.shape == truth.shape, f"{name} has shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
     error = _largest(result.double() - truth)
     factor = GRADIENT_FACTOR if gradient else OUTPUT_FACTOR
     bound = error_bound(truth, yardstick, factor=factor, largest_term=largest_term)

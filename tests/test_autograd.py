@@ -97,7 +97,9 @@ def test_gradient_penalty_equals_the_natural_formulation():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_second_derivatives_in_low_precision_have_the_operands_dtype(dtype):
-    operands = [leaf(*shape).detach().to(dtype).requires_grad_() for shape in ((B, L, DK), (S, DK), (S, DV), (B, L, DV))]
+    operands = [
+        leaf(*shape).detach().to(dtype).requires_grad_() for shape in ((B, L, DK), (S, DK), (S, DV), (B, L, DV))
+    ]
     grads = torch.autograd.grad(F.ssa(*operands).square().sum(), operands, create_graph=True)
     assert [g.dtype for g in grads] == [dtype] * 4
     second = torch.autograd.grad(grads[0].square().sum(), operands[:3])

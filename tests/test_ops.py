@@ -42,7 +42,19 @@ def forward_arguments(
     query, key, *_ = operands(dtype=dtype)
     tensors = [None if shape is None else torch.randn(shape).to(dtype) for shape in (value, residual, attn_bias)]
     seed = torch.tensor(3) if seed else None
-    return (query, key, *tensors, seed, 0.5, dropout_p, residual_is_query, need_weights, need_row_sum, need_grad, "auto")
+    return (
+        query,
+        key,
+        *tensors,
+        seed,
+        0.5,
+        dropout_p,
+        residual_is_query,
+        need_weights,
+        need_row_sum,
+        need_grad,
+        "auto",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

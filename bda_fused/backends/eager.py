@@ -149,9 +149,7 @@ def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) ->
     return weights if all_alive else weights.masked_fill(dead, 0.0)
 
 
-def _gradient(
-    a: Tensor, b: Tensor, shape: torch.Size, *, add: Tensor | None = None, alpha: float = 1.0
-) -> Tensor:
+def _gradient(a: Tensor, b: Tensor, shape: torch.Size, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
     """alpha * A B + add as the gradient of an operand of ``shape``: summed over the batch axes that it shares."""
     if tuple(shape[:2]) == batch_of(a, b):
         return product(a, b, add=None if add is None else add.sum_to_size(shape), alpha=alpha)
