@@ -1,6 +1,7 @@
 """Builds the extension modules: which ones is decided here, without torch, and written to bda_fused/_build_info.json.
 
-BDA_FUSED_CUDA=auto|0|1 (auto: build CUDA where an nvcc is found), CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are read.
+Read from the environment: BDA_FUSED_CUDA=auto|0|1 (auto builds CUDA where an nvcc is found), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST and MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def ninja_file(modules: list[dict[str, str]], objects: list[dict[str, str]]) -> 
 
 
 def stable_copy(source: Path, target: Path, version: str) -> Path:
-    """Headers under a path that does not change from one isolated build to the next, so that nothing is rebuilt for it."""
+    """Headers under a path that is the same in every isolated build, so that nothing is rebuilt for its sake."""
     stamp = target.with_suffix(".version")
     if not stamp.exists() or stamp.read_text() != version:
         shutil.rmtree(target, ignore_errors=True)

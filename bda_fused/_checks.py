@@ -41,11 +41,11 @@ def check_options(scale: Any, dropout_p: Any, need_weights: Any, backend: Any, b
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"scale must be a finite float or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
+        if not math.isfinite(float(scale)):
             raise ValueError(f"scale must be a finite float or None, got {scale}")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p must be a float in [0, 1], got {type(dropout_p).__name__}")
-    if not 0 <= dropout_p <= 1:  # refuses NaN too
+    if not 0 <= float(dropout_p) <= 1:  # refuses NaN too
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     if not isinstance(need_weights, bool):
         raise TypeError(f"need_weights must be True or False, got {type(need_weights).__name__}")

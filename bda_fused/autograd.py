@@ -137,7 +137,8 @@ class ResidualAttentionFunction(Function):
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
         raise RuntimeError(
-            "residual attention does not support torch.func.vmap: put the mapped axis into the batch axis of its operands"
+            "residual attention does not support torch.func.vmap: "
+            "put the mapped axis into the batch axis of its operands"
         )
 
 

@@ -35,7 +35,7 @@ _SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     },
 }  # fmt: skip
 _SETTINGS["AWA2", "CZSL"] = _SETTINGS["AWA2", "GZSL"]
-_DATASETS = {
+_DATASETS: dict[str, dict[str, Any]] = {
     "CUB": {"num_classes": 200, "num_attributes": 312},
     "SUN": {"num_classes": 717, "num_attributes": 102},
     "AWA2": {"num_classes": 50, "num_attributes": 85},
@@ -58,7 +58,7 @@ class BDAConfig:
         num_layers: encoder and decoder layers (tf_ec_layer, tf_dc_layer); only 1, as in every released run.
 
     Input:
-        stem: "none" for feature maps; "conv" puts two 3 x 3 convolutions and a 3 x 3 max-pooling before, for small images.
+        stem: "none" for feature maps; "conv", two 3 x 3 convolutions and a 3 x 3 max-pooling, for small images.
         stem_channels: of the image and of the two convolutions.
         positions: "learned" adds a trained (HW, C) embedding to the regions; the released code has "none".
         normalize_visual: L2-normalise every region's features (released: always).
@@ -70,22 +70,23 @@ class BDAConfig:
         use_ssa: semantic synthesis attention; False for the ablation.
         attribute_attention: self-attention over the attributes before VSA (tf_SAtt; on in every released run).
         ffn_between: a feed-forward network between SSA and VSA (released: yes; the paper's outline has none).
-        order: "ssa-vsa", or "vsa-ssa" for the ablation, in which SSA acts on the scores only through L_VCE.
-        residual: "double" is LN_out(x + drop(LN_in(x + drop Z))) around RSA and SSA (released), "single" is LN(x + drop Z).
+        order: "ssa-vsa", or "vsa-ssa" for the ablation, where SSA acts on the scores only through L_VCE.
+        residual: around RSA and SSA, "double" for LN_out(x + drop(LN_in(x + drop Z))) (released), or "single" for
+            LN(x + drop Z).
         layer_norm: False leaves out every LayerNorm.
 
     Attention:
         fsqrt, sqrt: RSA's scores are divided by sqrt(fsqrt), SSA's by sqrt(sqrt).
         weight, weight_self: factors of keys and values in RSA and in SSA.
         tgt_weight: factor of the attributes before VSA.
-        dropout: after every block, inside the feed-forward networks, and on the maps of all attentions but SSA (tf_dropout).
+        dropout: after every block, inside the feed-forward networks, and on every map but SSA's (tf_dropout).
         ssa_map_dropout: on the map of SSA (0.1 in the released code, whatever tf_dropout is).
         kv_dropout: on the keys and values of RSA (dropout1).
 
     Losses:
         lambda_cal, lambda_reg, lambda_vce: weights of L_cal, L_reg and L_VCE beside L_SCE.
-        vce_from: what the class head sees: "memory", the mean region of the encoder's output (released), or "attributes",
-            the mean row of U_V (the paper's outline).
+        vce_from: what the class head sees: "memory", the mean region of the encoder's output (released), or
+            "attributes", the mean row of U_V (the paper's outline).
         vce_bias_quirk: subtract the calibration from the class head's logits, as the released code does.
         logit_scale: factor of the class scores.
         gamma: factor of the calibration -1 (seen) and +1 (unseen) in the class scores.
@@ -147,7 +148,8 @@ class BDAConfig:
             raise ValueError(f"num_layers must be 1, as in every released configuration, got {self.num_layers}")
         if self.stem == "conv" and self.stem_channels[-1] != self.image_dim:
             raise ValueError(
-                f"image_dim must be the stem's last width {self.stem_channels[-1]} with stem='conv', got {self.image_dim}"
+                f"image_dim must be the stem's last width {self.stem_channels[-1]} with stem='conv', "
+                f"got {self.image_dim}"
             )
 
     def _check(self, name: str, annotation: str, value: Any) -> None:

@@ -139,7 +139,10 @@ class _Fold:
         self.w_q, self.b_q = self._parameters(module.q_proj)
         self.w_k, self.b_k = self._parameters(module.k_proj)
         self.w_v, self.b_v = self._parameters(module.v_proj)
-        self.w_o, self.b_o = (None, None) if module.out_proj is None else self._parameters(module.out_proj)
+        self.w_o: Tensor | None = None
+        self.b_o: Tensor | None = None
+        if module.out_proj is not None:
+            self.w_o, self.b_o = self._parameters(module.out_proj)
         if module.kv_scale != 1:  # of the keys it multiplies the scale of the scores
             self.w_v = self.w_v * module.kv_scale
             self.b_v = None if self.b_v is None else self.b_v * module.kv_scale

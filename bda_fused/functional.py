@@ -43,8 +43,8 @@ def residual_attention(
         value: (..., S, Dv), of the query's dtype.
         residual: (..., L, Dv) of any float dtype, or None for 0.
         scale: finite factor of the scores, of any sign; default Dk ** -0.5.
-        attn_bias: float tensor added to the scaled scores, of any float dtype; (S,), (L, S), (B, 1, S), (B, L, S) or, with
-            heads, any 4-D shape that broadcasts to (B, H, L, S). -inf masks a key; a row without any key left has
+        attn_bias: float tensor added to the scaled scores, of any float dtype; (S,), (L, S), (B, 1, S), (B, L, S) or,
+            with heads, any 4-D shape that broadcasts to (B, H, L, S). -inf masks a key; a row without any key left has
             weights 0 and returns the residual.
         dropout_p: probability in [0, 1] with which an entry of the map is dropped; the rest is divided by
             1 - dropout_p. Applied whenever it is not 0; the mask differs from call to call and follows torch's seed.
@@ -166,9 +166,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What the modules call: ``residual_attention`` without its checks, and with what only they know.
 
-    ``value`` None says that the key is the value, ``residual_is_query`` that the query is the residual: one operand, read
-    once, with one gradient. Returns (Y, map or None, row_sum or None); row_sum (B, L) or (B, H, L) holds the sums of the
-    rows of the map after dropout, which are 1 without dropout except in fully masked rows.
+    ``value`` None says that the key is the value, ``residual_is_query`` that the query is the residual: one operand,
+    read once, with one gradient. Returns (Y, map or None, row_sum or None); row_sum (B, L) or (B, H, L) holds the sums
+    of the rows of the map after dropout, which are 1 without dropout except in fully masked rows.
     """
     operands = [x for x in (query, key, value, residual) if x is not None]
     bias = None if attn_bias is None else lift_bias(attn_bias, heads=query.dim() == 4)

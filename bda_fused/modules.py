@@ -126,8 +126,8 @@ def fuse(model: nn.Module) -> dict[str, str]:
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Inference with the products of parameters computed once: folded keys, values and queries, merged matrices.
 
-    Inside the context nothing has a gradient, and what no image changes is computed in the first call and kept until the
-    context ends. A parameter that is changed in place meanwhile is noticed, and what came from it computed anew.
+    Inside the context nothing has a gradient, and what no image changes is computed in the first call and kept until
+    the context ends. A parameter that is changed in place meanwhile is noticed, and what came from it computed anew.
 
     Raises:
         TypeError: ``model`` is not a module.

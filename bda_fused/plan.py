@@ -13,9 +13,9 @@ and neither need the values be projected before the map P is applied:
     before       P V
     after        (P Y) W_v + (P 1) b_v
 
-With an output projection W_o, ``before`` applies W_v and then W_o to the source, ``before_merged`` their product, ``after``
-their product behind the map, and ``apart`` W_v before and W_o after it. Dropout on the projected keys and values forbids
-what bypasses them.
+With an output projection W_o, ``before`` applies W_v and then W_o to the source, ``before_merged`` their product,
+``after`` their product behind the map, and ``apart`` W_v before and W_o after it. Dropout on the projected keys and
+values forbids what bypasses them.
 """
 
 from __future__ import annotations

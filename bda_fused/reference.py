@@ -45,7 +45,8 @@ def map_dropout(weights: Tensor, p: float, training: bool) -> Tensor:
 class Attention(nn.Module):
     """Z = drop(softmax(scale * Q K^T + attn_bias)) V W_o + b_o, and x + Z with ``residual``.
 
-    Q = x W_q + b_q from the rows that ask; K = kv_scale (y W_k + b_k) and V = kv_scale (y W_v + b_v) from those that answer.
+    Q = x W_q + b_q from the rows that ask; K = kv_scale (y W_k + b_k) and V = kv_scale (y W_v + b_v) from those that
+    answer.
 
     Args:
         dim: C, the width of x, y and the result.
@@ -100,7 +101,7 @@ class Attention(nn.Module):
     def attend(
         self, x: Tensor, y: Tensor, *, attn_bias: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows of x (..., L, C) ask rows of y (..., S, C); returns the result and, if asked for, the map before dropout."""
+        """Rows of x (..., L, C) ask rows of y (..., S, C); the result and, if asked for, the map before dropout."""
         q = self.q_proj(x)
         k = nnf.dropout(self.kv_scale * self.k_proj(y), self.kv_dropout, self.training)
         v = nnf.dropout(self.kv_scale * self.v_proj(y), self.kv_dropout, self.training)
@@ -158,8 +159,9 @@ class AttributeSelfAttention(Attention):
 class RegionSelfAttention(Attention):
     """RSA: the regions ask each other; g, which depends on their positions alone, is subtracted from the scores.
 
-    g = ReLU(G w_g + b_g) >= 0 with the position features G of ``geometry_features``. Every pair of regions with the same
-    offsets has the same g, so it is computed for H * W offsets, not for (H * W) ** 2 pairs, and once, not per image.
+    g = ReLU(G w_g + b_g) >= 0 with the position features G of ``geometry_features``. Every pair of regions with the
+    same offsets has the same g, so it is computed for H * W offsets, not for (H * W) ** 2 pairs, and once, not per
+    image.
 
     Args:
         grid: (H, W) of the regions, row by row.
@@ -173,7 +175,7 @@ class RegionSelfAttention(Attention):
         super().__init__(dim, **kwargs)
         if len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid must be (H, W) of at least (1, 1), got {grid}")
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
         self.geometry = nn.Linear(GEOMETRY_FEATURES, 1) if geometry else None
         self.register_buffer("geometry_table", geometry_features(self.grid), persistent=False)
         self.register_buffer("offsets", _offsets(self.grid), persistent=False)
@@ -192,7 +194,7 @@ class RegionSelfAttention(Attention):
         return -g[:, 0][self.offsets]
 
     def forward(self, visual: Tensor, need_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """U' (B, HW, C) from visual (B, HW, C); with need_weights also the map (B, HW, HW), with heads (B, H, HW, HW)."""
+        """U' (B, HW, C) from visual (B, HW, C); with need_weights also the map (B, HW, HW) or (B, H, HW, HW)."""
         height, width = self.grid
         if visual.shape[-2] != height * width:
             raise ValueError(f"visual must have {height} x {width} = {height * width} regions, got {visual.shape[-2]}")
@@ -205,8 +207,8 @@ GEOMETRY_FEATURES = 64
 def geometry_features(grid: tuple[int, int]) -> Tensor:
     """G of every offset (i, j) between two regions of an H x W grid: (H * W, 64), float64.
 
-    As the released code has it, for any grid: the boxes are 1/H by 1/W large, their sizes are w = 1/H + 1 and h = 1/W + 1,
-    the offsets dx = log(max(|cx - cx'| / w, 1e-3)) and dy likewise, and dw = log(w / w') = dh = 0. Then
+    As the released code has it, for any grid: the boxes are 1/H by 1/W large, their sizes are w = 1/H + 1 and
+    h = 1/W + 1, the offsets dx = log(max(|cx - cx'| / w, 1e-3)) and dy likewise, and dw = log(w / w') = dh = 0. Then
     sin and cos of 100 * (dx, dy, dw, dh) * 1000 ** (-k / 8), k = 0..7: 32 sines followed by 32 cosines.
     """
     height, width = grid
@@ -261,9 +263,9 @@ class BDANOutput(NamedTuple):
 class BDAN(nn.Module):
     """The bi-directional attention network: RSA, SSA, FFN_1, attribute self-attention, VSA, FFN_2.
 
-    Every block is followed by dropout, the residual and LayerNorm; around RSA and SSA ``config.residual`` "double" puts a
-    second residual with a LayerNorm that both share: LN_out(x + drop(LN_in(x + drop Z))). With order "vsa-ssa" VSA reads
-    U' and SSA then asks U_V, image by image, so that SSA reaches the scores only through L_VCE.
+    Every block is followed by dropout, the residual and LayerNorm; around RSA and SSA ``config.residual`` "double" puts
+    a second residual with a LayerNorm that both share: LN_out(x + drop(LN_in(x + drop Z))). With order "vsa-ssa" VSA
+    reads U' and SSA then asks U_V, image by image, so that SSA reaches the scores only through L_VCE.
     """
 
     def __init__(self, config: BDAConfig) -> None:
@@ -275,7 +277,11 @@ class BDAN(nn.Module):
             return nn.LayerNorm(config.dim) if config.layer_norm else nn.Identity()
 
         self.dropout = nn.Dropout(config.dropout)
-        self.rsa = self.rsa_norm = self.ssa = self.ssa_norm = self.block_norm = None
+        self.rsa: RegionSelfAttention | None = None
+        self.ssa: SemanticSynthesisAttention | None = None
+        self.attribute_attention: AttributeSelfAttention | None = None
+        self.visual_ffn: FeedForward | None = None
+        self.block_norm: nn.Module | None = None
         if config.use_rsa:
             self.rsa = RegionSelfAttention(
                 config.dim,
@@ -299,11 +305,9 @@ class BDAN(nn.Module):
             self.ssa_norm = norm()
         if config.residual == "double" and (config.use_rsa or config.use_ssa):
             self.block_norm = norm()
-        self.visual_ffn = self.visual_ffn_norm = None
         if config.ffn_between:
             self.visual_ffn = FeedForward(config.dim, config.ffn_dim, config.dropout)
             self.visual_ffn_norm = norm()
-        self.attribute_attention = self.attribute_attention_norm = None
         if config.attribute_attention:
             self.attribute_attention = AttributeSelfAttention(config.dim, dropout=config.dropout, **common)
             self.attribute_attention_norm = norm()
@@ -314,7 +318,7 @@ class BDAN(nn.Module):
 
     def forward(self, visual: Tensor, attributes: Tensor, need_weights: bool = False) -> BDANOutput:
         """From regions U (B, HW, C) and attributes V_A (A, C)."""
-        if self.rsa is not None and self.rsa_norm is not None:
+        if self.rsa is not None:
             visual = self._block(visual, self.rsa(visual), self.rsa_norm)
         queries = self.attribute_queries(attributes, images=visual.shape[0])
         if self.config.order == "ssa-vsa":
@@ -344,9 +348,7 @@ class BDAN(nn.Module):
     def _ssa(self, visual: Tensor, attributes: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         if self.ssa is None:
             return visual, None
-        z, weights = (
-            self.ssa(visual, attributes, need_weights=True) if need_weights else (self.ssa(visual, attributes), None)
-        )
+        z, weights = _with_map(self.ssa, visual, attributes, need_weights)
         return self._block(visual, z, self.ssa_norm), weights
 
     def _memory(self, visual: Tensor) -> Tensor:
@@ -355,8 +357,15 @@ class BDAN(nn.Module):
         return self.visual_ffn_norm(visual + self.dropout(self.visual_ffn(visual)))
 
     def _vsa(self, memory: Tensor, queries: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        z, weights = self.vsa(memory, queries, need_weights=True) if need_weights else (self.vsa(memory, queries), None)
+        z, weights = _with_map(self.vsa, memory, queries, need_weights)
         return self.vsa_norm(queries + self.dropout(z)), weights
+
+
+def _with_map(
+    attention: nn.Module, visual: Tensor, attributes: Tensor, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    result = attention(visual, attributes, need_weights)
+    return result if need_weights else (result, None)
 
 
 class SVENOutput(NamedTuple):
@@ -367,7 +376,7 @@ class SVENOutput(NamedTuple):
 
 
 class SVEN(nn.Module):
-    """The read-out: e_bi = <(w W_1)_i, F_bi>, class scores logit_scale * e att^T + gamma c, and the class head of L_VCE.
+    """The read-out e_bi = <(w W_1)_i, F_bi>, the class scores logit_scale * e att^T + gamma c, and L_VCE's class head.
 
     Buffers: class_attributes att (K, A); calibration c (K,), -1 for seen and +1 for unseen classes.
     """
@@ -553,7 +562,7 @@ def _unseen_mask(unseen: Tensor | Iterable[int], num_classes: int) -> Tensor:
             raise ValueError(f"unseen must be a mask of {num_classes} classes, got shape {tuple(given.shape)}")
         mask = given.clone()
     else:
-        if given.numel() and not (0 <= int(given.min()) and int(given.max()) < num_classes):
+        if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < num_classes):
             raise ValueError(f"unseen must hold classes 0 to {num_classes - 1}, got {given.tolist()}")
         mask = torch.zeros(num_classes, dtype=torch.bool)
         mask[given.long()] = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -130,10 +131,10 @@ def _number(name: str, value: Any) -> float | int:
 
 
 def load(model_type: type[Model], state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Model:
-    """A model in eval-independent state from a released state dict and configuration.
+    """A model from a released state dict and configuration.
 
-    ``config`` holds the released names and may hold "seenclass" and "unseenclass" (lists of class indices); without them
-    the unseen classes are those whose mask_bias is not -1.
+    ``config`` holds the released names and may hold "unseenclass" (a list of class indices); without it the unseen
+    classes are those whose mask_bias is positive.
 
     Raises:
         ValueError: a key is missing or has another shape than the configuration says, in one sentence.
@@ -156,7 +157,8 @@ def load(model_type: type[Model], state_dict: Mapping[str, Tensor], config: Mapp
         source = part(state_dict[key])
         if source.shape != ours[target].shape:
             raise ValueError(
-                f"{key} must have shape {_whole(key, ours[target])} by the configuration, got {tuple(state_dict[key].shape)}"
+                f"{key} must have shape {_whole(key, ours[target])} by the configuration, "
+                f"got {tuple(state_dict[key].shape)}"
             )
         with torch.no_grad():
             ours[target].copy_(source)
@@ -188,7 +190,11 @@ def _targets(ours: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Callable[[T
         for leaf in ("weight", "bias"):
             for index, projection in enumerate(_PROJECTIONS):
                 if our_prefix + projection + leaf in ours:
-                    yield prefix + leaf, our_prefix + projection + leaf, lambda x, i=index: x.tensor_split(3)[i]
+                    yield prefix + leaf, our_prefix + projection + leaf, partial(_third, index)
+
+
+def _third(index: int, stacked: Tensor) -> Tensor:
+    return stacked.tensor_split(3)[index]
 
 
 def _stacked(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 def error_bound(truth: Tensor, yardstick: Tensor, *, factor: float, largest_term: float = 0.0) -> float:
     """How far a result may be from the truth.
 
-    truth: the reference in float64. yardstick: the natural formulation, unfolded and unfused, in the result's dtype with
-    its softmax in float32, on the same device. The bound is ``factor`` times the yardstick's own error, plus 4 eps of
-    the truth's largest entry, plus eps of the largest summed term (which matters only where the truth is 0).
+    truth: the reference in float64. yardstick: the natural formulation, unfolded and unfused, in the result's dtype
+    with its softmax in float32, on the same device. The bound is ``factor`` times the yardstick's own error, plus 4
+    eps of the truth's largest entry, plus eps of the largest summed term (which matters only where the truth is 0).
     """
     eps = torch.finfo(yardstick.dtype).eps
     error = _largest(yardstick.double() - truth)

@@ -6,6 +6,8 @@ that ``explain`` gives: nothing falls back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -16,6 +18,7 @@ from bda_fused import _checks
 from bda_fused.backends.problem import Problem
 from bda_fused.shapes import lift, lift_bias
 
+# In the order of preference.
 CHOICES = ("cuda", "triton", "cpu", "eager")
 NAMES = ("auto", *CHOICES)
 
@@ -68,12 +71,29 @@ def explain(
     problem = Problem.of(lift(query), lift(key), lift(value), None if residual is None else lift(residual), bias)
     reasons = {name: module(name).can_run(problem) for name in CHOICES}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    backend = _default if backend == "auto" else backend
     candidates = CHOICES if backend == "auto" else (backend,)
     return Explanation(next((name for name in candidates if name not in refused), None), refused)
 
 
+_default = "auto"
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Inside the context ``auto`` means the backend ``name``, for the modules too; ValueError for an unknown name."""
+    _checks.check_options(None, 0.0, False, name, NAMES)
+    global _default
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
+
+
 def select(problem: Problem, backend: str) -> ModuleType:
     """The module of the backend that runs the problem; BackendError with its reason where a named one cannot."""
+    backend = _default if backend == "auto" else backend
     for name in CHOICES if backend == "auto" else (backend,):
         chosen = module(name)
         reason = chosen.can_run(problem)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1
     shape = (*batch, a.shape[2], b.shape[3])
     if b.shape[:2] == (1, 1) and _merges(a, 3):  # one GEMM over the rows of all images
         in_gemm = add is not None and add.shape in (shape, (1, 1, 1, shape[3])) and _merges(add, 3)
-        fused, axes, b = torch.addmm, 3, b[0, 0]
+        fused: Callable[..., Tensor] = torch.addmm
+        axes, b = 3, b[0, 0]
     else:  # a batched GEMM, in which a shared operand is a batch of stride 0
         a, b = a.expand(*batch, -1, -1), b.expand(*batch, -1, -1)
         if not (_merges(a, 2) and _merges(b, 2)):

@@ -141,10 +141,8 @@ def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) ->
     all_alive = bias.device.type == "cpu" and not bool(dead.any())
     if not all_alive:
         bias = bias.masked_fill(dead, 0.0)
-    if q.dtype == dtype:
-        scores = product(q, k.mT, add=bias, alpha=scale)
-    else:
-        scores = product(q, k.mT).to(dtype) * scale + bias
+    in_gemm = q.dtype == dtype
+    scores = product(q, k.mT, add=bias, alpha=scale) if in_gemm else product(q, k.mT).to(dtype) * scale + bias
     weights = torch.softmax(scores, -1)
     return weights if all_alive else weights.masked_fill(dead, 0.0)
 
