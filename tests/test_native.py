@@ -87,9 +87,7 @@ def test_rows_may_be_apart_or_shared(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_of_no_image_is_zero(dtype):
-    assert torch.equal(
-        batch_sum(torch.empty(0, 600, dtype=dtype)), torch.zeros(600).to(batch_sum(torch.ones(1, 1, dtype=dtype)).dtype)
-    )
+    assert batch_sum(torch.empty(0, 600, dtype=dtype)).eq(0).all()
     assert batch_sum(torch.empty(4, 0, dtype=dtype)).shape == (0,)
 
 
@@ -127,7 +125,6 @@ def test_instruction_set_is_that_of_the_processor():
     assert _native.module("_cpu").instruction_set() == expected
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps, which only Linux has")
 def test_one_openmp_runtime_is_loaded(tmp_path):
     code = """
 import re, torch
@@ -147,7 +144,7 @@ def extension(package, name):
 
 def test_broken_module_is_reported_as_broken(copied_package, tmp_path):
     file = extension(copied_package, "_cpu")
-    file.write_bytes(file.read_bytes()[:1000])
+    file.write_bytes(file.read_bytes()[:40])  # within the ELF header: of a longer rest the loader itself dies
     process = python(
         "from bda_fused import _native; print(_native.status('_cpu'))", path=copied_package.parent, cwd=tmp_path
     )
