@@ -112,8 +112,9 @@ def attend(
 
 
 def _choose(module: Attention, queries: Tensor, source: Tensor, dtypes: Dtypes) -> plan.Plan:
+    images = next((x.shape[0] for x in (queries, source) if x.dim() == 3), 1)
     size = plan.Size(
-        images=next((x.shape[0] for x in (queries, source) if x.dim() == 3), 1),
+        images=plan.TRACED_IMAGES if torch.compiler.is_compiling() else images,
         queries=queries.shape[-2],
         keys=source.shape[-2],
         dim=queries.shape[-1],

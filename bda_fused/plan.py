@@ -24,12 +24,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 
-Scores = Literal["project", "fold_key", "merge_key", "fold_query", "merge_query"]
-Values = Literal["before", "before_merged", "after", "apart"]
+# In the order in which a tie is decided: keys and values that are the source itself are one operand.
+Scores = Literal["fold_query", "merge_query", "fold_key", "merge_key", "project"]
+Values = Literal["after", "before", "before_merged", "apart"]
+Name = TypeVar("Name", Scores, Values)
+
+# A traced graph serves every batch size, so it is planned for one like this, whatever the batch that traces it.
+TRACED_IMAGES = 32
 
 # FLOPs that take as long as one byte of memory traffic: about 100 GFLOP/s over 10 GB/s for a CPU core; a GPU's tensor
 # cores over its DRAM. Only the order of magnitude matters: it breaks ties between algebras of like FLOPs.
@@ -38,7 +43,7 @@ FLOPS_PER_BYTE = {"cpu": 10, "cuda": 150}
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs (2 per multiply-add of a matrix product) and bytes that its operands and results occupy."""
+    """FLOPs (2 per multiply-add) and bytes of operands and results of matrix products; vectors are not counted."""
 
     flops: int = 0
     bytes: int = 0
@@ -149,8 +154,8 @@ def allowed(*, out_proj: bool, heads: int, kv_dropout: bool) -> tuple[tuple[Scor
     if heads > 1:  # a fold would make every head as wide as the features
         return ("project",), ("apart",) if out_proj else ("before",)
     if kv_dropout:  # masks on the projected keys and values: only what acts on them afterwards can move
-        return ("project", "fold_key"), ("before", "apart") if out_proj else ("before",)
-    return get_args(Scores), get_args(Values) if out_proj else ("before", "after")
+        return ("fold_key", "project"), ("before", "apart") if out_proj else ("before",)
+    return get_args(Scores), get_args(Values) if out_proj else ("after", "before")
 
 
 def choose(
@@ -172,9 +177,18 @@ def choose(
 def _cheapest(size: Size, out_proj: bool, kv_dropout: bool, frozen: bool, device_type: str) -> Plan:
     scores, values = allowed(out_proj=out_proj, heads=size.heads, kv_dropout=kv_dropout)
     return Plan(
-        min(scores, key=lambda name: _score_cost(name, size, frozen).time(device_type)),
-        min(values, key=lambda name: _value_cost(name, size, out_proj, frozen).time(device_type)),
+        _least(scores, [_score_cost(name, size, frozen).time(device_type) for name in scores]),
+        _least(values, [_value_cost(name, size, out_proj, frozen).time(device_type) for name in values]),
     )
+
+
+def _least(names: tuple[Name, ...], times: list[int]) -> Name:
+    """The first name of least time; a plain loop, because ``min`` cannot be traced over symbolic sizes."""
+    best = 0
+    for index, time in enumerate(times):
+        if time < times[best]:
+            best = index
+    return names[best]
 
 
 _remembered_cheapest = lru_cache(maxsize=1024)(_cheapest)
