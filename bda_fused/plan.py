@@ -154,7 +154,7 @@ def allowed(*, out_proj: bool, heads: int, kv_dropout: bool) -> tuple[tuple[Scor
     if heads > 1:  # a fold would make every head as wide as the features
         return ("project",), ("apart",) if out_proj else ("before",)
     if kv_dropout:  # masks on the projected keys and values: only what acts on them afterwards can move
-        return ("fold_key", "project"), ("before", "apart") if out_proj else ("before",)
+        return ("project", "fold_key"), ("before", "apart") if out_proj else ("before",)
     return get_args(Scores), get_args(Values) if out_proj else ("after", "before")
 
 

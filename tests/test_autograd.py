@@ -68,6 +68,22 @@ def test_first_and_second_derivatives(case):
     assert gradgradcheck(function, operands)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways_of_computing_the_backward_agree(case):
+    """With create_graph the backward is plain torch ops, without it the backend's own: the same gradients."""
+    torch.manual_seed(0)
+    function, shapes = CASES[case]
+    operands = tuple(leaf(*shape) for shape in shapes)
+    results = function(*operands)
+    results = results if isinstance(results, tuple) else (results,)
+    upstream = [torch.randn_like(y) for y in results]
+    explicit = torch.autograd.grad(results, operands, upstream, retain_graph=True)
+    differentiable = torch.autograd.grad(results, operands, upstream, create_graph=True)
+    for x, y in zip(explicit, differentiable, strict=True):
+        torch.testing.assert_close(x, y)
+    assert any(y.requires_grad for y in differentiable)
+
+
 @pytest.mark.parametrize("p", [0.4, 1.0])
 def test_derivatives_through_dropout(p):
     def function(*operands):

@@ -75,3 +75,14 @@ def test_recorded_seeds_replay_the_mask(philox):
     assert len(seeds) == 1
     torch.testing.assert_close(dropped @ value, y)
     torch.testing.assert_close(weights, torch.softmax(8**-0.5 * query @ key.mT, -1), msg="the map is before dropout")
+
+
+def test_philox_mask_is_the_documented_function_of_row_and_column():
+    """Counter (col // 4, row_lo, row_hi, 0), lane col % 4, kept where the word is at least p * 2**32."""
+    seed, p = torch.tensor(2**40 + 17), 0.3
+    keep = dropout.philox_keep(seed, p, (5, 11))
+    zero = torch.tensor(0)
+    for row in range(5):
+        for column in range(11):
+            words = dropout.philox(seed, (torch.tensor(column // 4), torch.tensor(row), zero, zero))
+            assert bool(keep[row, column]) == (int(words[column % 4]) >= p * 2**32)

@@ -61,7 +61,9 @@ def test_sizes(dim, regions, attributes, train):
     for kind in (SSA, VSA, RSA):
         extra = {"grid": GRIDS[regions], "kv_dropout": 0.2} if kind == RSA else {}
         inputs = inputs_for(kind, 2, regions, attributes, dim)
-        fused, expected = both(kind, dim, inputs, train=train, out_proj=True, dropout=0.35, residual=kind != RSA, **extra)
+        fused, expected = both(
+            kind, dim, inputs, train=train, out_proj=True, dropout=0.35, residual=kind != RSA, **extra
+        )
         assert_same(fused, expected)
 
 
@@ -157,7 +159,7 @@ def slow_gemm(request, monkeypatch):
 
 @pytest.mark.parametrize("kind", [SSA, VSA])
 def test_large_query_bias_in_bfloat16(kind):
-    """Folds in float32, rounded once, keep the rule where b_q is large; folds in bfloat16 would not."""
+    """Folds in float32, rounded once, keep the rule where b_q is large."""
     torch.manual_seed(0)
     natural, fused = twins(kind, 64, torch.bfloat16)
     for module in (natural, fused):
@@ -185,11 +187,21 @@ def test_autocast_gives_the_dtypes_of_the_reference():
 
 def test_inputs_of_another_dtype_are_refused_in_one_sentence():
     module = twins(SSA, 8, torch.float32)[1]
-    with pytest.raises(TypeError, match=r"must have the parameters' dtype torch\.float32 outside autocast, got torch\.bf"):
+    with pytest.raises(
+        TypeError, match=r"must have the parameters' dtype torch\.float32 outside autocast, got torch\.bf"
+    ):
         module(*inputs_for(SSA, 2, 6, 5, 8, dtype=torch.bfloat16))
 
 
-SMALL = {"num_classes": 6, "num_attributes": 7, "image_dim": 9, "attribute_dim": 5, "dim": 8, "ffn_dim": 11, "grid": (2, 3)}
+SMALL = {
+    "num_classes": 6,
+    "num_attributes": 7,
+    "image_dim": 9,
+    "attribute_dim": 5,
+    "dim": 8,
+    "ffn_dim": 11,
+    "grid": (2, 3),
+}
 
 
 def models(**options):
@@ -335,7 +347,9 @@ def test_a_gradient_penalty_through_the_model_equals_the_references():
     penalties = []
     for model in (natural, fused):
         feature_map = torch.linspace(-1, 1, 2 * 9 * 6, dtype=torch.float64).view(2, 9, 2, 3).requires_grad_()
-        (grad,) = torch.autograd.grad(model(feature_map).class_scores.logsumexp(-1).sum(), feature_map, create_graph=True)
+        (grad,) = torch.autograd.grad(
+            model(feature_map).class_scores.logsumexp(-1).sum(), feature_map, create_graph=True
+        )
         penalty = (grad.flatten(1).norm(dim=1) - 1).square().mean()
         parameters = [p for n, p in model.named_parameters() if not n.endswith("k_proj.bias") and "class_head" not in n]
         penalties.append([penalty, *torch.autograd.grad(penalty, parameters)])

@@ -98,9 +98,7 @@ def test_registered_flops_are_those_of_the_eager_backend(query, key, value):
                 problem, y, None, None, q, k, k if v is None else v, None, *tail, v is None, needs
             )  # fmt: skip
         )
-        outside = counted(
-            lambda: ops.residual_attention_backward(y, None, None, q, k, v, None, *tail, needs, "eager")
-        )
+        outside = counted(lambda: ops.residual_attention_backward(y, None, None, q, k, v, None, *tail, needs, "eager"))
         assert inside == outside > 0
 
 
@@ -139,9 +137,7 @@ def test_no_other_plan_is_cheaper_than_the_chosen_one():
     for size, options, *_ in CHOICES.values():
         chosen = plan.choose(size, **options)
         out_proj = options.get("out_proj", False)
-        scores, values = plan.allowed(
-            out_proj=out_proj, heads=size.heads, kv_dropout=options.get("kv_dropout", False)
-        )
+        scores, values = plan.allowed(out_proj=out_proj, heads=size.heads, kv_dropout=options.get("kv_dropout", False))
         best = min(Plan(s, v).cost(size, out_proj=out_proj).time("cpu") for s in scores for v in values)
         assert chosen.cost(size, out_proj=out_proj).time("cpu") == best
 
@@ -152,7 +148,9 @@ def test_force_refuses_what_is_unknown_or_not_exact():
     size = Size(2, 6, 5, 8)
     with (
         plan.force(scores="fold_query"),
-        pytest.raises(ValueError, match="scores='fold_query' is not exact for this module, allowed are fold_key, project"),
+        pytest.raises(
+            ValueError, match="scores='fold_query' is not exact for this module, allowed are project, fold_key"
+        ),
     ):
         plan.choose(size, kv_dropout=True)
     with (
