@@ -64,7 +64,7 @@ def _cuda(built: dict[str, Any]) -> str:
         needed += f" ({_DRIVERS[runtime // 1000]} or newer)"
     found = f"one for CUDA {_dotted(driver)}" if driver else "none"
     return (
-        f"built with nvcc {built['toolkit']} for {', '.join(built['arches'] + built['ptx'])}; "
+        f"built with {built['toolkit']} for {', '.join(built['arches'] + built['ptx'])}; "
         f"needs a driver for {needed}, found {found}"
     )
 

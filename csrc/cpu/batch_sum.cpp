@@ -42,7 +42,7 @@ BDA_FUSED_INLINE float widen(float x) { return x; }
 BDA_FUSED_INLINE double widen(double x) { return x; }
 BDA_FUSED_INLINE float widen(bfloat16 x) { return from_bits(std::uint32_t{x.bits} << 16); }
 
-// Exponent and mantissa move to their float32 places, and the scaling by 2^112 corrects the exponent's bias, exactly and
+// Exponent and mantissa move to their float32 places, and scaling by 2^112 corrects the exponent's bias, exactly and
 // for subnormal numbers too; infinity and NaN get float32's exponent.
 BDA_FUSED_INLINE float widen(float16 x) {
   const std::uint32_t magnitude = (x.bits & 0x7fffu) << 13;
@@ -89,10 +89,10 @@ bool has_avx2() {
 
 template <typename T>
 void launch(const void* x, void* y, std::int64_t batch, std::int64_t columns, std::int64_t row_stride,
-            int num_threads) {
+            int num_threads, bool portable) {
   auto sum = sum_portable<T>;
 #if BDA_FUSED_HAS_AVX2
-  if (has_avx2()) sum = sum_avx2<T>;
+  if (has_avx2() && !portable) sum = sum_avx2<T>;
 #endif
   const T* source = static_cast<const T*>(x);
   auto* target = static_cast<accumulator<T>*>(y);
@@ -102,7 +102,7 @@ void launch(const void* x, void* y, std::int64_t batch, std::int64_t columns, st
     const std::int64_t begin = block * kBlock;
     sum(source + begin, target + begin, batch, std::min(kBlock, columns - begin), row_stride);
   }
-  (void)num_threads;  // unused where the compiler has no OpenMP
+  (void)num_threads, (void)portable;  // unused where the compiler has neither OpenMP nor AVX2
 }
 
 }  // namespace
@@ -110,12 +110,12 @@ void launch(const void* x, void* y, std::int64_t batch, std::int64_t columns, st
 const char* instruction_set() { return has_avx2() ? "avx2" : "portable"; }
 
 void batch_sum(const void* x, void* y, Scalar scalar, std::int64_t batch, std::int64_t columns,
-               std::int64_t row_stride, int num_threads) {
+               std::int64_t row_stride, int num_threads, bool portable) {
   switch (scalar) {
-    case Scalar::float32: return launch<float>(x, y, batch, columns, row_stride, num_threads);
-    case Scalar::float64: return launch<double>(x, y, batch, columns, row_stride, num_threads);
-    case Scalar::bfloat16: return launch<bfloat16>(x, y, batch, columns, row_stride, num_threads);
-    case Scalar::float16: return launch<float16>(x, y, batch, columns, row_stride, num_threads);
+    case Scalar::float32: return launch<float>(x, y, batch, columns, row_stride, num_threads, portable);
+    case Scalar::float64: return launch<double>(x, y, batch, columns, row_stride, num_threads, portable);
+    case Scalar::bfloat16: return launch<bfloat16>(x, y, batch, columns, row_stride, num_threads, portable);
+    case Scalar::float16: return launch<float16>(x, y, batch, columns, row_stride, num_threads, portable);
   }
 }
 

@@ -8,12 +8,16 @@
 
 namespace bda_fused {
 
-// x: (batch, columns) on the current device, with a row stride in elements and unit column stride; y: (columns,), float32,
-// float64 for float64. Enqueued on ``stream``, a cudaStream_t. Throws std::runtime_error where the launch fails.
+// x: (batch, columns) on the current device, with a row stride in elements and unit column stride; y: (columns,),
+// float32, or float64 for float64. Enqueued on ``stream``, a cudaStream_t. Throws std::runtime_error where the launch
+// fails.
 void batch_sum(const void* x, void* y, Scalar scalar, std::int64_t batch, std::int64_t columns,
                std::int64_t row_stride, void* stream);
 
 // The version of the CUDA runtime that is linked in, as 1000 * major + 10 * minor.
 int runtime_version();
+
+// The newest CUDA version that the driver runs, in the same form; 0 where there is no driver.
+int driver_version();
 
 }  // namespace bda_fused

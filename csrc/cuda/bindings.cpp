@@ -11,8 +11,8 @@ namespace {
 
 void batch_sum(std::uintptr_t x, std::uintptr_t y, const std::string& dtype, std::int64_t batch, std::int64_t columns,
                std::int64_t row_stride, std::uintptr_t stream) {
-  bda_fused::batch_sum(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), bda_fused::scalar_of(dtype), batch, columns,
-                       row_stride, reinterpret_cast<void*>(stream));
+  bda_fused::batch_sum(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y),
+                       bda_fused::scalar_of(dtype), batch, columns, row_stride, reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
@@ -22,4 +22,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("batch_sum", &batch_sum, py::arg("x"), py::arg("y"), py::arg("dtype"), py::arg("batch"),
              py::arg("columns"), py::arg("row_stride"), py::arg("stream"));
   module.def("runtime_version", &bda_fused::runtime_version);
+  module.def("driver_version", &bda_fused::driver_version);
 }
