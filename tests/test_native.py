@@ -1,9 +1,10 @@
 """The extension modules: the reduction over the batch, and how they are found, loaded and reported."""
 
 import json
+import re
 import shutil
 import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from bda_fused import _native
 from bda_fused.backends.batch_sum import batch_sum
+from tests.process import run_python
 
 PACKAGE = Path(_native.__file__).parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -22,12 +24,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def python(code, *, path, cwd):
-    """The finished process of a fresh interpreter that imports from ``path`` first."""
-    setup = f"import sys; sys.path.insert(0, {str(path)!r})\n"
-    return subprocess.run([sys.executable, "-c", setup + code], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -133,7 +129,7 @@ torch.set_num_threads(2)
 batch_sum(torch.ones(4, 4096))
 print(*sorted({m for m in re.findall(r"/\\S*/(lib(?:gomp|iomp|omp)\\S*)", open("/proc/self/maps").read())}))
 """
-    process = python(code, path=PACKAGE.parent, cwd=tmp_path)
+    process = run_python(code, path=PACKAGE.parent, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert len(process.stdout.split()) == 1, process.stdout
 
@@ -145,7 +141,7 @@ def extension(package, name):
 def test_broken_module_is_reported_as_broken(copied_package, tmp_path):
     file = extension(copied_package, "_cpu")
     file.write_bytes(file.read_bytes()[:40])  # within the ELF header: of a longer rest the loader itself dies
-    process = python(
+    process = run_python(
         "from bda_fused import _native; print(_native.status('_cpu'))", path=copied_package.parent, cwd=tmp_path
     )
     assert process.stdout.startswith(f"the extension module {file.name} was built but does not load: "), process.stderr
@@ -156,7 +152,7 @@ def test_module_that_was_not_built_is_reported_with_the_reason(copied_package, t
     for file in copied_package.glob("_cuda.*.so"):
         file.unlink()
     (copied_package / "_build_info.json").write_text(json.dumps({"_cuda": {"built": False, "reason": "no such luck"}}))
-    process = python(
+    process = run_python(
         "from bda_fused import _native; print(_native.status('_cuda'))", path=copied_package.parent, cwd=tmp_path
     )
     assert process.stdout == "the extension module bda_fused._cuda was not built: no such luck\n", process.stderr
@@ -166,6 +162,29 @@ def test_module_of_an_uninstalled_package_is_reported(copied_package, tmp_path):
     extension(copied_package, "_cpu").unlink()
     (copied_package / "_build_info.json").unlink()
     code = "import torch; from bda_fused.backends.batch_sum import batch_sum; batch_sum(torch.ones(1, 1))"
-    process = python(code, path=copied_package.parent, cwd=tmp_path)
+    process = run_python(code, path=copied_package.parent, cwd=tmp_path)
     sentence = "bda_fused._cpu was not built: the package was not installed by its setup.py"
     assert process.stderr.strip().endswith(sentence)
+
+
+def cuobjdump(option):
+    """What NVIDIA's cuobjdump, of the toolkit or of triton, says of the CUDA module."""
+    triton = find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
+    command = shutil.which("cuobjdump") or bundled
+    assert command is not None, "the CUDA module cannot be inspected: no cuobjdump on PATH, and triton is not installed"
+    file = extension(PACKAGE, "_cuda")
+    return subprocess.run([command, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def test_cuda_module_is_what_the_build_says():
+    built = _native.build_info()["_cuda"]
+    if not built["built"]:
+        assert _native.status("_cuda") == f"the extension module bda_fused._cuda was not built: {built['reason']}"
+        return
+    assert _native.status("_cuda") is None
+    assert set(re.findall(r"batch_sum\.(sm_\w+)\.cubin", cuobjdump("--list-elf"))) == set(built["arches"])
+    ptx = {target.replace("sm", "compute") for target in re.findall(r"\.(sm_\w+)\.ptx", cuobjdump("--list-ptx"))}
+    assert ptx == set(built["ptx"])
+    usage = re.findall(r"batch_sum_kernel.*\n.* STACK:(\d+) .*LOCAL:(\d+)", cuobjdump("--dump-resource-usage"))
+    assert usage == [("0", "0")] * (len(DTYPES) * len(built["arches"]))
