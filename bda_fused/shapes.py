@@ -34,4 +34,4 @@ def lower(x: Tensor, query_dim: int, flat: bool) -> Tensor:
     """A result without the axes that its operands lacked."""
     if query_dim == 4:
         return x
-    return x[0, 0] if flat else x[:, 0]
+    return x.squeeze((0, 1)) if flat else x.squeeze(1)  # whose backward is a view, where indexing's fills and copies

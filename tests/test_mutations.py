@@ -107,7 +107,7 @@ MUTATIONS = [
     (
         "a fully masked row is not zeroed",
         "backends/eager.py",
-        "return weights if all_alive else weights.masked_fill(dead, 0.0)",
+        "return weights if dead is None else weights.masked_fill(dead, 0.0)",
         "return weights",
         "test_functional.py::test_masked_keys_and_rows",
     ),

@@ -96,7 +96,7 @@ def test_registered_flops_are_those_of_the_eager_backend(query, key, value):
         inside = counted(
             lambda: eager.backward(
                 problem, y, None, None, q, k, k if v is None else v, None, *tail, v is None, needs
-            )  # fmt: skip
+            )
         )
         outside = counted(lambda: ops.residual_attention_backward(y, None, None, q, k, v, None, *tail, needs, "eager"))
         assert inside == outside > 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -42,7 +43,9 @@ class Explanation:
         return "\n".join(lines + [f"{name}: {reason}" for name, reason in self.refused.items()])
 
 
+@lru_cache
 def module(name: str) -> ModuleType:
+    """A backend's module, imported when it is first asked for."""
     return import_module(f"bda_fused.backends.{name}")
 
 

@@ -135,16 +135,15 @@ def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) ->
     dtype = softmax_dtype(q.dtype)
     if attn_bias is None:
         return torch.softmax(product(q, k.mT, alpha=scale), -1, dtype=dtype)
-    bias = attn_bias.to(dtype)
-    dead = (bias == -torch.inf).all(-1, keepdim=True)
-    # On an accelerator the question whether there is such a row would synchronise, so it is not asked there.
-    all_alive = bias.device.type == "cpu" and not bool(dead.any())
-    if not all_alive:
+    bias, dead = attn_bias.to(dtype), None
+    # On an accelerator the question whether anything is masked would synchronise, so it is not asked there.
+    if bias.device.type != "cpu" or (bias.numel() > 0 and bool(bias.amin() == -torch.inf)):
+        dead = (bias == -torch.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(dead, 0.0)
     in_gemm = q.dtype == dtype
     scores = product(q, k.mT, add=bias, alpha=scale) if in_gemm else product(q, k.mT).to(dtype) * scale + bias
     weights = torch.softmax(scores, -1)
-    return weights if all_alive else weights.masked_fill(dead, 0.0)
+    return weights if dead is None else weights.masked_fill(dead, 0.0)
 
 
 def _gradient(a: Tensor, b: Tensor, shape: torch.Size, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
