@@ -178,7 +178,7 @@ def test_compiler_that_does_not_run_is_said(tmp_path):
 def test_ninja_file():
     file = setup.NinjaFile()
     file.add_module("_m", ("csrc/a.cpp", "csrc/b.cu"), {".cpp": "g++ -c", ".cu": "nvcc -c"}, "nvcc -shared")
-    assert file.lines[-5:] == [
+    assert file.lines[-6:] == [
         "build csrc_a.cpp.o: compile ../../csrc/a.cpp",
         "  compiler = g++ -c",
         "build csrc_b.cu.o: compile ../../csrc/b.cu",
@@ -201,6 +201,20 @@ def test_mirror_touches_only_what_differs(tmp_path):
     setup._mirror(source, target)
     assert (target / "same.h").stat().st_mtime == 1
     assert [(target / name).read_text() for name in ("same.h", "deep/other.h", "deep/new.h")] == ["1", "2", "3"]
+
+
+# What is listed by name
+
+
+def test_every_package_of_the_tree_is_listed():
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "bda_fused").rglob("*.py")}
+    packages = {".".join(folder.parts) for folder in folders} | {"bda_fused.kernels"}
+    assert sorted(packages) == sorted(setup.PACKAGES)
+
+
+def test_every_source_is_listed():
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*")}
+    assert sources == {*setup.CPU_SOURCES, *setup.CUDA_SOURCES}
 
 
 # A whole build, from a copy of the sources

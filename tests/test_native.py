@@ -75,6 +75,15 @@ def test_number_of_threads_changes_no_bit(dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_instruction_set_changes_no_bit(dtype):
+    x = torch.randn(50, 1001, generator=torch.Generator().manual_seed(4)).to(dtype)
+    sums = [batch_sum(x), torch.zeros_like(batch_sum(x))]
+    arguments = (x.data_ptr(), sums[1].data_ptr(), str(dtype).removeprefix("torch."), *x.shape, x.stride(0))
+    _native.module("_cpu").batch_sum(*arguments, num_threads=1, portable=True)
+    assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_may_be_apart_or_shared(dtype):
     x = torch.randn(6, 40, 5, generator=torch.Generator().manual_seed(3)).to(dtype)
     for view in (x[:, 3], x[::2, 0], x[0, :1].expand(9, 5), x[:, :, :1].flatten(1).T[:, :1], x.flatten(1)[:, 7:]):
