@@ -10,10 +10,25 @@ from bda_fused.bench.run import Result
 TITLES = {"natural": "natural", "sdpa": "SDPA", "compiled": "torch.compile", "algebra": "our algebra in torch ops"}
 
 
+def heading(env: dict[str, Any], rounds: int) -> str:
+    """What the numbers belong to."""
+    machine = env["gpu"] or f"{env['processor']} ({env['cpu_capability']}), {env['threads']} thread(s)"
+    return (
+        f"SSA + VSA, float32, backend {env['backend']}, medians of {rounds} interleaved rounds on {machine}, "
+        f"torch {env['torch']}, bda_fused {env['bda_fused']}."
+    )
+
+
+def line(result: Result) -> str:
+    """One case in one line, as it comes."""
+    rivals = "  ".join(f"{name} {_cell(result, name)}" for name in result.seconds if name != "ours")
+    return f"{result.case.name}: ours {1e3 * result.seconds['ours']:.2f} ms  {rivals}"
+
+
 def table(results: list[Result]) -> str:
     """Markdown: our milliseconds, then for each rival its time over ours and, in brackets, its FLOPs over ours.
 
-    A cell below 1.00, where the rival is faster, is bold.
+    A cell below 1, where the rival is faster, is bold.
     """
     rivals = [name for name in results[0].seconds if name != "ours"] if results else []
     lines = [
@@ -43,8 +58,9 @@ def summary(results: list[Result]) -> str:
         share, worst = min(shares, key=lambda pair: pair[0])
         below = sum(s < 0.8 for s, _ in shares)
         lines.append(
-            f"{TITLES[name]}: {min(ratios):.2f}x to {max(ratios):.2f}x our time; losing cells {sum(r < 1 for r in ratios)} of "
-            f"{len(ratios)}; least share of the FLOP ratio {share:.2f} ({worst.case.name}), below 0.8 in {below}"
+            f"{TITLES[name]}: {min(ratios):.2f}x to {max(ratios):.2f}x our time; losing cells "
+            f"{sum(r < 1 for r in ratios)} of {len(ratios)}; "
+            f"least share of the FLOP ratio {share:.2f} ({worst.case.name}), below 0.8 in {below}"
         )
     return "\n".join(lines)
 

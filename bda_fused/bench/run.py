@@ -49,17 +49,15 @@ def measure(
     """
     contest = Contest.of(case, rivals, device=device, dtype=dtype)
     contest.check()
-    repeats = {
-        name: max(1, round(MINIMUM_SECONDS / max(_seconds(contest, name, 1), 1e-6))) for name in contest.models
-    }
+    repeats = {name: max(1, round(MINIMUM_SECONDS / max(seconds(contest, name, 1), 1e-6))) for name in contest.models}
     times: dict[str, list[float]] = {name: [] for name in contest.models}
     for _ in range(rounds):
         for name in contest.models:
-            times[name].append(_seconds(contest, name, repeats[name]))
+            times[name].append(seconds(contest, name, repeats[name]))
     return Result(
         case,
         {name: statistics.median(values) for name, values in times.items()},
-        {name: _peak_bytes(contest, name) for name in contest.models},
+        {name: peak_bytes(contest, name) for name in contest.models},
         {name: case.flops(name) for name in contest.models},
     )
 
@@ -76,7 +74,7 @@ def measure_all(
     return results
 
 
-def _seconds(contest: Contest, name: str, repeats: int) -> float:
+def seconds(contest: Contest, name: str, repeats: int) -> float:
     """Of one run: CUDA events where there is a GPU, else the clock."""
     if contest.visual.is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -92,7 +90,7 @@ def _seconds(contest: Contest, name: str, repeats: int) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def _peak_bytes(contest: Contest, name: str) -> int:
+def peak_bytes(contest: Contest, name: str) -> int:
     """The most memory that one run holds at a time, beside parameters and inputs."""
     if contest.visual.is_cuda:
         torch.cuda.reset_peak_memory_stats()
