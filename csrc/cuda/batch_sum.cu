@@ -60,14 +60,4 @@ void batch_sum(const void* x, void* y, Scalar scalar, std::int64_t batch, std::i
   }
 }
 
-int runtime_version() {
-  int version = 0;
-  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
-}
-
-int driver_version() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-}
-
 }  // namespace bda_fused

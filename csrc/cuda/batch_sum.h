@@ -14,10 +14,4 @@ namespace bda_fused {
 void batch_sum(const void* x, void* y, Scalar scalar, std::int64_t batch, std::int64_t columns,
                std::int64_t row_stride, void* stream);
 
-// The version of the CUDA runtime that is linked in, as 1000 * major + 10 * minor.
-int runtime_version();
-
-// The newest CUDA version that the driver runs, in the same form; 0 where there is no driver.
-int driver_version();
-
 }  // namespace bda_fused

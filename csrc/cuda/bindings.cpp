@@ -4,6 +4,7 @@
 #include <string>
 
 #include "batch_sum.h"
+#include "versions.h"
 
 namespace py = pybind11;
 
