@@ -117,9 +117,7 @@ def _diagonals(partner: np.ndarray, offsets: tuple[int, ...]) -> np.ndarray:
     return np.sort(np.concatenate([10 * left + partner[(left + offset) % 10] for offset in offsets]))
 
 
-def _draw_images(
-    numbers: np.ndarray, digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _draw_images(numbers: np.ndarray, digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One (1, 12, 24) image per number: a random source of each digit at a random place of its half."""
     images = np.zeros((len(numbers), 1, *IMAGE_SIZE), dtype=np.float32)
     sources_of = [np.flatnonzero(targets == digit) for digit in range(10)]

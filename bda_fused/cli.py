@@ -1,0 +1,265 @@
+"""The `bda-fused` command: train, eval, explain, bench and info.
+
+A request that cannot be met is refused in one sentence on stderr with exit code 2, before anything is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+_EXTRA_MODULES = {"matplotlib", "safetensors", "sklearn", "tqdm", "typer", "yaml"}
+_INSTALL_EXTRA = "the module {} is missing; install the [zsl] extra: pip install 'bda_fused[zsl]'"
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    print(f"bda-fused: {_INSTALL_EXTRA.format(error.name)}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+app = typer.Typer(
+    help="Bi-directional attention for zero-shot learning: train, evaluate, explain, measure.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `bda-fused train` wrote.")]
+Backend = Annotated[str | None, typer.Option(help="Attention backend: auto, cuda, triton, cpu or eager.")]
+Device = Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's own choice.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+
+
+class Refusal(typer.TyperException):
+    """A request that cannot be met, with the sentence that says why."""
+
+    exit_code = 2
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what is wrong with the user's input into a refusal; anything else is a defect and keeps its traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA_MODULES:
+            raise
+        raise Refusal(_INSTALL_EXTRA.format(error.name)) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise Refusal(str(error)) from error
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import bda_fused
+
+        print(f"bda_fused {bda_fused.__version__}")
+    elif context.invoked_subcommand is None:
+        raise Refusal("a command is needed: train, eval, explain, bench or info (see bda-fused --help)")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the run goes; must be new or empty.")],
+    model: Annotated[
+        Literal["demo", "full"] | None,
+        typer.Option(help="demo: the small model of the README. full: every block of the released model."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides data, initial weights, batches, dropout; default 0.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak of the one-cycle learning rate.")] = None,
+    order: Annotated[
+        Literal["ssa-vsa", "vsa-ssa"] | None,
+        typer.Option(help="Which attention runs first; default ssa-vsa."),
+    ] = None,
+    no_ssa: Annotated[bool, typer.Option("--no-ssa", help="Leave out semantic synthesis attention.")] = False,
+    validation: Annotated[
+        bool,
+        typer.Option("--validation", help="Train and measure on a split of the seen classes, to choose settings."),
+    ] = False,
+    backend: Backend = None,
+    device: Device = None,
+    threads: Threads = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON or YAML with any of these settings; options win over it."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train on two-digit numbers with seen and unseen classes; write the model, metrics and pictures to DIR."""
+    given = _given(
+        model=model,
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        order=order,
+        ssa=False if no_ssa else None,
+        validation=True if validation else None,
+        backend=backend,
+        device=device,
+        threads=threads,
+    )
+    with _refusing():
+        from bda_fused.zsl.output import check_output
+        from bda_fused.zsl.settings import make_settings
+
+        settings = make_settings(given, config)
+        from bda_fused.zsl.models import running_backend
+        from bda_fused.zsl.run import METRICS, train_run
+
+        check_output(out, overwrite=overwrite, marker=METRICS)
+        running_backend(settings)
+    metrics = train_run(settings, out, overwrite=overwrite)
+    print(_summary(metrics))
+    print(f"{out}: model, metrics and pictures, made in {metrics['wall_seconds']:.1f} s")
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    backend: Backend = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Recompute the metrics of a run from its checkpoint; exit code 1 if they are not those of its metrics.json."""
+    with _refusing():
+        from bda_fused import backends
+        from bda_fused.zsl.run import load_run
+        from bda_fused.zsl.training import evaluate
+
+        loaded = load_run(run, **_given(backend=backend, device=device, threads=threads))
+    with backends.use(loaded.settings.backend):
+        metrics = vars(evaluate(loaded.model, loaded.dataset))
+    print(_summary(metrics))
+    stored = {name: loaded.metrics.get(name) for name in metrics}
+    if metrics != stored:
+        print(f"bda-fused: {run} says otherwise: {stored}", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"equal to the metrics stored in {run}")
+
+
+@app.command()
+def explain(
+    run: Run,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="I,J,...", help="Test images by index: seen classes first, then unseen."),
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="NN,NN,...", help="The first test image of each of these classes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the maps go; default DIR/explain.")] = None,
+    backend: Backend = None,
+    device: Device = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the attention maps of chosen test images as a picture and as an array; default: six unseen classes."""
+    target = run / "explain" if out is None else out
+    with _refusing():
+        indices = [int(index) for index in images.split(",")] if images else []
+        names = [name.strip() for name in classes.split(",")] if classes else []
+        from bda_fused import backends
+        from bda_fused.zsl.explain import choose_images
+        from bda_fused.zsl.output import check_output
+        from bda_fused.zsl.run import MAPS, explain_run, load_run
+
+        check_output(target, overwrite=overwrite, marker=MAPS)
+        loaded = load_run(run, **_given(backend=backend, device=device, threads=threads))
+        chosen = choose_images(loaded.dataset, indices, names)
+    with backends.use(loaded.settings.backend):
+        explain_run(loaded, chosen, target, overwrite=overwrite)
+    print(f"{target}: maps of {len(chosen)} test images")
+
+
+@app.command()
+def bench(
+    datasets: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Numbers of attributes to measure.")
+    ] = "AWA2,SUN,CUB",
+    dims: Annotated[str, typer.Option(metavar="C,...", help="Widths.")] = "350,512",
+    regions: Annotated[str, typer.Option(metavar="HW,...", help="Regions per image.")] = "49,196",
+    images: Annotated[str, typer.Option(metavar="B,...", help="Batch sizes.")] = "8,32",
+    passes: Annotated[str, typer.Option(metavar="NAME,...", help="Passes.")] = "forward,forward+backward",
+    rivals: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Whom to measure beside natural and ours.")
+    ] = "sdpa,compiled,algebra",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where table, data and plot go.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the attention core against what one would write without this package; ratios of one run."""
+    with _refusing():
+        from bda_fused.bench import command
+
+        text = command.bench(
+            datasets=_names(datasets),
+            dims=_numbers("dims", dims),
+            regions=_numbers("regions", regions),
+            images=_numbers("images", images),
+            passes=_names(passes),
+            rivals=_names(rivals),
+            rounds=rounds,
+            threads=threads,
+            device=device,
+            out=out,
+            overwrite=overwrite,
+        )
+    print(text)
+
+
+@app.command()
+def info() -> None:
+    """Versions, what was built, and every backend with the reason why it would or would not run."""
+    from bda_fused import info
+
+    print(info.report())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in _names(text))
+    except ValueError:
+        raise ValueError(f"--{option} must be whole numbers separated by commas, got {text!r}") from None
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {metrics[name]:.1f} %" for name in ("T1", "U", "S", "H"))
+
+
+def main() -> None:
+    """Entry point of `bda-fused`."""
+    try:
+        app(standalone_mode=False)
+    except typer.TyperException as error:
+        print(f"bda-fused: {error.format_message()}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("bda-fused: interrupted, nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

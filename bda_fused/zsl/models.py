@@ -1,0 +1,38 @@
+"""The models that a training run builds, and what they run on."""
+
+from __future__ import annotations
+
+import torch
+
+from bda_fused import backends
+from bda_fused.modules import BDA
+from bda_fused.zsl.data import TwoDigits
+from bda_fused.zsl.settings import Settings
+
+
+def running_backend(settings: Settings) -> str:
+    """The attention backend that the settings lead to on their device.
+
+    Raises:
+        ValueError: torch does not have the device here, or the backend that is named cannot run on it.
+    """
+    try:
+        rows = torch.zeros(1, 1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch has here, got {settings.device!r}: {reason}") from error
+    explanation = backends.explain(rows, rows, rows, backend=settings.backend)
+    if explanation.backend is None:
+        raise ValueError(f"backend {settings.backend!r} cannot run here: {explanation.refused[settings.backend]}")
+    return explanation.backend
+
+
+def build_model(settings: Settings, dataset: TwoDigits) -> BDA:
+    """A fused BDA for the set, its initial weights drawn from ``settings.seed``, on ``settings.device``.
+
+    torch's global generator is left as it was.
+    """
+    config = settings.bda_config(len(dataset.class_names), len(dataset.attribute_names))
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return BDA(config, dataset.class_attributes, dataset.unseen).to(settings.device)
