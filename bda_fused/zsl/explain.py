@@ -61,7 +61,7 @@ class Explanation:
     def save(self, path: Path) -> None:
         """Write every field, under its own name, to a compressed .npz file."""
         arrays = {name: value for name, value in vars(self).items() if value is not None}
-        np.savez_compressed(path, **{name: np.asarray(value) for name, value in arrays.items()})
+        np.savez_compressed(path, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
 
 
 def explain(model: BDA, dataset: TwoDigits, split: Split) -> Explanation:
