@@ -252,13 +252,15 @@ def _summary(metrics: dict[str, Any]) -> str:
 def main() -> None:
     """Entry point of `bda-fused`."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # of typer.Exit; a command that ends returns None
     except typer.TyperException as error:
         print(f"bda-fused: {error.format_message()}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         print("bda-fused: interrupted, nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

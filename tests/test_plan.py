@@ -94,9 +94,7 @@ def test_registered_flops_are_those_of_the_eager_backend(query, key, value):
     for needs in ([True] * 3 + [False], [True, False, False, False], [False, True, False, False]):
         tail = (weights, lse, None, 0.5, 0.0, False)
         inside = counted(
-            lambda: eager.backward(
-                problem, y, None, None, q, k, k if v is None else v, None, *tail, v is None, needs
-            )
+            lambda: eager.backward(problem, y, None, None, q, k, k if v is None else v, None, *tail, v is None, needs)
         )
         outside = counted(lambda: ops.residual_attention_backward(y, None, None, q, k, v, None, *tail, needs, "eager"))
         assert inside == outside > 0

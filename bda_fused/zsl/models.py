@@ -30,9 +30,13 @@ def running_backend(settings: Settings) -> str:
 def build_model(settings: Settings, dataset: TwoDigits) -> BDA:
     """A fused BDA for the set, its initial weights drawn from ``settings.seed``, on ``settings.device``.
 
-    torch's global generator is left as it was.
+    The read-out W_1 starts at a standard deviation of dim ** -0.5, where the released code has 1: attribute scores then
+    start near 1 instead of dim ** 0.5, and training leaves its first plateau after a third of the steps. torch's global
+    generator is left as it was.
     """
     config = settings.bda_config(len(dataset.class_names), len(dataset.attribute_names))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(settings.seed)
-        return BDA(config, dataset.class_attributes, dataset.unseen).to(settings.device)
+        model = BDA(config, dataset.class_attributes, dataset.unseen)
+        model.sven.readout.mul_(config.dim**-0.5)
+    return model.to(settings.device)

@@ -109,6 +109,7 @@ class Settings:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
         _check_type("device", self.device, str, "a string")
         _check_type("bda", self.bda, Mapping, "a mapping of BDAConfig fields")
+        self.bda_config(num_classes=2, num_attributes=1)  # refuses what is wrong before the data set is drawn
 
     def bda_config(self, num_classes: int, num_attributes: int) -> BDAConfig:
         """The model's configuration: the preset, then `order` and `ssa`, then `bda`."""

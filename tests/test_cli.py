@@ -1,0 +1,165 @@
+"""The command: refusals in one sentence with exit code 2, and nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bda_fused import cli
+
+
+def command(*arguments, capsys):
+    """Runs `bda-fused` in this process; returns exit code, stdout and stderr."""
+    sys.argv = ["bda-fused", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    from bda_fused.zsl.run import train_run
+    from bda_fused.zsl.settings import make_settings
+
+    path = tmp_path_factory.mktemp("cli") / "run"
+    train_run(make_settings({"epochs": 1, "batch_size": 400}), path, progress=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train",), "--out"),
+        (("train", "--out", "OUT", "--epochs", "many"), "--epochs"),
+        (("train", "--out", "OUT", "--epochs", "0"), "epochs must be at least 1, got 0"),
+        (("train", "--out", "OUT", "--lr", "-1"), "lr must lie between 0 and 1, got -1.0"),
+        (("train", "--out", "OUT", "--seed", "-3"), "seed must be at least 0, got -3"),
+        (("train", "--out", "OUT", "--model", "huge"), "huge"),
+        (("train", "--out", "OUT", "--order", "both"), "both"),
+        (("train", "--out", "OUT", "--backend", "cudnn"), "backend must be one of auto, cuda, triton, cpu, eager"),
+        (("train", "--out", "OUT", "--backend", "triton"), "backend 'triton' cannot run here: the triton backend takes CUDA"),
+        (("train", "--out", "OUT", "--device", "tpu"), "device must be one that torch has here, got 'tpu'"),
+        (("train", "--out", "OUT", "--config", "absent.json"), "absent.json"),
+        (("train", "--out", "OUT", "--frobnicate"), "--frobnicate"),
+        (("eval", "absent"), "there is no run directory absent"),
+        (("explain", "absent"), "there is no run directory absent"),
+        (("bench", "--datasets", "FLO"), "dataset must be one of AWA2, SUN, CUB, got 'FLO'"),
+        (("bench", "--dims", "wide"), "--dims must be whole numbers separated by commas, got 'wide'"),
+        (("dance",), "dance"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_refusals(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    code, _, stderr = command(*(out if argument == "OUT" else argument for argument in arguments), capsys=capsys)
+    assert code == 2
+    assert message in stderr
+    assert stderr.startswith("bda-fused: ")
+    assert stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"epochs": "ten"}', "epochs must be an integer"),
+        ('{"ssa": "False"}', "ssa must be true or false"),
+        ('{"speed": 1}', "there is no setting 'speed'"),
+        ('{"bda": {"dropout": 3}}', "dropout must be in [0, 1], got 3"),
+        ("[1, 2]", "mapping"),
+        ("{", "not"),
+    ],
+)
+def test_configuration_files_are_refused(content, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    code, _, stderr = command("train", "--out", tmp_path / "out", "--config", tmp_path / "config.json", capsys=capsys)
+    assert code == 2
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_in_use_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    code, _, stderr = command("train", "--out", tmp_path, capsys=capsys)
+    assert code == 2
+    assert "is not empty" in stderr
+    code, _, stderr = command("train", "--out", tmp_path, "--overwrite", capsys=capsys)
+    assert code == 2
+    assert "--overwrite leaves it alone" in stderr
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_eval_repeats_the_metrics_and_explain_writes_maps(trained, tmp_path, capsys):
+    code, stdout, _ = command("eval", trained, capsys=capsys)
+    assert code == 0
+    assert "equal to the metrics stored" in stdout
+    code, stdout, _ = command("explain", trained, "--images", "0,5", "--out", tmp_path / "maps", capsys=capsys)
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["maps.npz", "maps.png"]
+
+
+def test_eval_notices_metrics_of_another_model(trained, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    metrics = json.loads((copy / "metrics.json").read_text())
+    (copy / "metrics.json").write_text(json.dumps(metrics | {"T1": metrics["T1"] + 1}))
+    code, _, stderr = command("eval", copy, capsys=capsys)
+    assert code == 1
+    assert "says otherwise" in stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "model.safetensors").unlink(), "there is no checkpoint"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"nonsense"), "is not a safetensors file"),
+        (lambda run: (run / "metrics.json").unlink(), "it holds no metrics.json"),
+        (lambda run: (run / "config.json").write_text("{"), "is not valid JSON"),
+        (
+            lambda run: (run / "config.json").write_text(
+                json.dumps(json.loads((run / "config.json").read_text()) | {"bda": {"dim": 32}})
+            ),
+            "its configuration asks for",
+        ),
+    ],
+    ids=["no weights", "other file", "no metrics", "broken configuration", "other dims"],
+)
+def test_a_spoiled_run_is_refused_in_one_sentence(spoil, message, trained, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    spoil(copy)
+    code, _, stderr = command("eval", copy, capsys=capsys)
+    assert code == 2
+    assert message in stderr
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("--images", "5000"), ("--images", "one"), ("--classes", "123")])
+def test_explain_refuses_images_that_are_not_there(option, value, trained, tmp_path, capsys):
+    code, _, stderr = command("explain", trained, option, value, "--out", tmp_path / "maps", capsys=capsys)
+    assert code == 2
+    assert value.strip() in stderr
+    assert not (tmp_path / "maps").exists()
+
+
+def test_info_and_version(capsys):
+    code, stdout, _ = command("info", capsys=capsys)
+    assert code == 0
+    assert "eager" in stdout
+    code, stdout, _ = command("--version", capsys=capsys)
+    assert code == 0
+    assert "0.1.0" in stdout
+
+
+def test_without_the_extra_the_command_says_how_to_install_it():
+    code = "import sys; sys.modules['typer'] = None; import bda_fused.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "install the [zsl] extra: pip install 'bda_fused[zsl]'" in result.stderr
+    assert "Traceback" not in result.stderr
