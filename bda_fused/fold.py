@@ -112,7 +112,7 @@ def attend(
 
 
 def _choose(module: Attention, queries: Tensor, source: Tensor, dtypes: Dtypes) -> plan.Plan:
-    images = next((x.shape[0] for x in (queries, source) if x.dim() == 3), 1)
+    images = queries.shape[0] if queries.dim() == 3 else source.shape[0] if source.dim() == 3 else 1
     size = plan.Size(
         images=plan.TRACED_IMAGES if torch.compiler.is_compiling() else images,
         queries=queries.shape[-2],

@@ -31,6 +31,7 @@ import torch
 # In the order in which a tie is decided: keys and values that are the source itself are one operand.
 Scores = Literal["fold_query", "merge_query", "fold_key", "merge_key", "project"]
 Values = Literal["after", "before", "before_merged", "apart"]
+_SCORES, _VALUES = get_args(Scores), get_args(Values)
 Name = TypeVar("Name", Scores, Values)
 
 # A traced graph serves every batch size, so it is planned for one like this, whatever the batch that traces it.
@@ -119,7 +120,7 @@ def _projections(size: Size, queries: int, keys: int, frozen: bool) -> Cost:
         (keys, size.key_rows, size.keys_shared),
     ):
         for _ in range(0 if shared and frozen else count):
-            cost += gemm(rows, size.dim, size.dim, itemsize=size.itemsize)
+            cost = cost + gemm(rows, size.dim, size.dim, itemsize=size.itemsize)
     return cost
 
 
@@ -155,7 +156,7 @@ def allowed(*, out_proj: bool, heads: int, kv_dropout: bool) -> tuple[tuple[Scor
         return ("project",), ("apart",) if out_proj else ("before",)
     if kv_dropout:  # masks on the projected keys and values: only what acts on them afterwards can move
         return ("project", "fold_key"), ("before", "apart") if out_proj else ("before",)
-    return get_args(Scores), get_args(Values) if out_proj else ("after", "before")
+    return _SCORES, _VALUES if out_proj else ("after", "before")
 
 
 def choose(

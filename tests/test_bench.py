@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bda_fused.flops  # noqa: F401, what it registers is used
 from bda_fused.bench import cases, command, report, run
 from bda_fused.bench.cases import RIVALS, Case, Contest
 

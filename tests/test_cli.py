@@ -42,7 +42,10 @@ def trained(tmp_path_factory):
         (("train", "--out", "OUT", "--model", "huge"), "huge"),
         (("train", "--out", "OUT", "--order", "both"), "both"),
         (("train", "--out", "OUT", "--backend", "cudnn"), "backend must be one of auto, cuda, triton, cpu, eager"),
-        (("train", "--out", "OUT", "--backend", "triton"), "backend 'triton' cannot run here: the triton backend takes CUDA"),
+        (
+            ("train", "--out", "OUT", "--backend", "triton"),
+            "backend 'triton' cannot run here: the triton backend takes CUDA",
+        ),
         (("train", "--out", "OUT", "--device", "tpu"), "device must be one that torch has here, got 'tpu'"),
         (("train", "--out", "OUT", "--config", "absent.json"), "absent.json"),
         (("train", "--out", "OUT", "--frobnicate"), "--frobnicate"),

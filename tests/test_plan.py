@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bda_fused.flops  # noqa: F401, what it registers is used
 from bda_fused import modules, ops, plan, reference
 from bda_fused.plan import Cost, Plan, Size
 from tests.parity import twins

@@ -48,7 +48,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     "full": {**_SHARED, "dropout": 0.1},
 }
 _TRAINING: dict[str, dict[str, Any]] = {
-    "demo": {"epochs": 16, "batch_size": 64, "lr": 4e-3, "weight_decay": 0.1},
+    "demo": {"epochs": 12, "batch_size": 64, "lr": 4e-3, "weight_decay": 0.1},
     "full": {"epochs": 16, "batch_size": 64, "lr": 4e-3, "weight_decay": 0.1},
 }
 

@@ -20,9 +20,13 @@ def test_a_new_directory_appears_with_its_parents_and_nothing_beside_it(tmp_path
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing(tmp_path, failure):
-    with pytest.raises(failure), new_directory(tmp_path / "out", overwrite=False, marker="m") as partial:
-        (partial / "half").write_text("")
-        raise failure
+    def write_half() -> None:
+        with new_directory(tmp_path / "out", overwrite=False, marker="m") as partial:
+            (partial / "half").write_text("")
+            raise failure
+
+    with pytest.raises(failure):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 

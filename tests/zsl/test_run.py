@@ -38,7 +38,9 @@ def test_directory_holds_model_configuration_metrics_log_and_pictures(short_run)
 def test_the_same_seed_gives_the_same_model_and_metrics(short_run, tmp_path):
     path, metrics = short_run
     again = run.train_run(make_settings(SHORT), tmp_path / "again", progress=False)
-    assert {name: again[name] for name in ("T1", "U", "S", "H")} == {name: metrics[name] for name in ("T1", "U", "S", "H")}
+    assert {name: again[name] for name in ("T1", "U", "S", "H")} == {
+        name: metrics[name] for name in ("T1", "U", "S", "H")
+    }
     assert (path / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
@@ -76,7 +78,12 @@ def test_the_full_released_stack_trains(tmp_path):
     metrics = run.train_run(make_settings(SHORT | {"model": "full"}), tmp_path / "run", progress=False)
     assert metrics["model"] == "full"
     config = run.load_run(tmp_path / "run").model.config
-    assert (config.use_rsa, config.geometry, config.residual, config.attribute_attention) == (True, True, "double", True)
+    assert (config.use_rsa, config.geometry, config.residual, config.attribute_attention) == (
+        True,
+        True,
+        "double",
+        True,
+    )
 
 
 def test_nothing_stays_of_a_run_that_fails(tmp_path, monkeypatch):
