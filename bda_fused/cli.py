@@ -20,6 +20,8 @@ except ModuleNotFoundError as error:
     print(f"bda-fused: {_INSTALL_EXTRA.format(error.name)}", file=sys.stderr)
     raise SystemExit(2) from error
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C, as shells do
+
 app = typer.Typer(
     help="Bi-directional attention for zero-shot learning: train, evaluate, explain, measure.",
     add_completion=False,
@@ -168,8 +170,7 @@ def explain(
     """Write the attention maps of chosen test images as a picture and as an array; default: six unseen classes."""
     target = run / "explain" if out is None else out
     with _refusing():
-        indices = [int(index) for index in images.split(",")] if images else []
-        names = [name.strip() for name in classes.split(",")] if classes else []
+        indices = _numbers("images", images or "")
         from bda_fused import backends
         from bda_fused.zsl.explain import choose_images
         from bda_fused.zsl.output import check_output
@@ -177,7 +178,7 @@ def explain(
 
         check_output(target, overwrite=overwrite, marker=MAPS)
         loaded = load_run(run, **_given(backend=backend, device=device, threads=threads))
-        chosen = choose_images(loaded.dataset, indices, names)
+        chosen = choose_images(loaded.dataset, indices, _names(classes or ""))
     with backends.use(loaded.settings.backend):
         explain_run(loaded, chosen, target, overwrite=overwrite)
     print(f"{target}: maps of {len(chosen)} test images")
@@ -252,15 +253,13 @@ def _summary(metrics: dict[str, Any]) -> str:
 def main() -> None:
     """Entry point of `bda-fused`."""
     try:
-        code = app(standalone_mode=False)  # of typer.Exit; a command that ends returns None
+        code = app(standalone_mode=False)  # None, or what typer.Exit carries
     except typer.TyperException as error:
         print(f"bda-fused: {error.format_message()}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, typer.Abort):
+    if code == _INTERRUPTED:
         print("bda-fused: interrupted, nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
-    if isinstance(code, int) and code:
-        raise SystemExit(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,13 @@ def test_eval_notices_metrics_of_another_model(trained, tmp_path, capsys):
     assert "says otherwise" in stderr
 
 
+def edit(run, section, **values):
+    """Change entries of a run's config.json."""
+    config = json.loads((run / "config.json").read_text())
+    config[section] |= values
+    (run / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -124,14 +131,23 @@ def test_eval_notices_metrics_of_another_model(trained, tmp_path, capsys):
         (lambda run: (run / "model.safetensors").write_bytes(b"nonsense"), "is not a safetensors file"),
         (lambda run: (run / "metrics.json").unlink(), "it holds no metrics.json"),
         (lambda run: (run / "config.json").write_text("{"), "is not valid JSON"),
-        (
-            lambda run: (run / "config.json").write_text(
-                json.dumps(json.loads((run / "config.json").read_text()) | {"bda": {"dim": 32}})
-            ),
-            "its configuration asks for",
-        ),
+        (lambda run: (run / "config.json").write_text("{}"), "must hold the entries training and model, got none"),
+        (lambda run: edit(run, "model", dim=32), "its configuration asks for"),
+        (lambda run: edit(run, "model", num_classes=80), r"class_attributes must be (num_classes, num_attributes) = (80, 20)"),
+        (lambda run: edit(run, "training", epochs=0), "config.json: epochs must be at least 1, got 0"),
+        (lambda run: edit(run, "model", depth=2), "config.json: unknown field 'depth'"),
     ],
-    ids=["no weights", "other file", "no metrics", "broken configuration", "other dims"],
+    ids=[
+        "no weights",
+        "other file",
+        "no metrics",
+        "broken configuration",
+        "empty configuration",
+        "other dims",
+        "other classes",
+        "other settings",
+        "other model",
+    ],
 )
 def test_a_spoiled_run_is_refused_in_one_sentence(spoil, message, trained, tmp_path, capsys):
     copy = tmp_path / "run"
@@ -149,6 +165,42 @@ def test_explain_refuses_images_that_are_not_there(option, value, trained, tmp_p
     assert code == 2
     assert value.strip() in stderr
     assert not (tmp_path / "maps").exists()
+
+
+def test_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
+    from bda_fused.zsl import run
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", interrupt)
+    code, _, stderr = command("train", "--out", tmp_path / "out", capsys=capsys)
+    assert code == 130
+    assert stderr == "bda-fused: interrupted, nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_of_a_run_repeats_it(trained, tmp_path, capsys):
+    code, *_ = command("train", "--out", tmp_path / "again", "--config", trained / "config.json", capsys=capsys)
+    assert code == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
+def test_a_missing_module_of_the_extra_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bda_fused.zsl.run", None)
+    monkeypatch.delitem(sys.modules, "bda_fused.zsl.run")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    code, _, stderr = command("train", "--out", tmp_path / "out", capsys=capsys)
+    assert code == 2
+    assert stderr == "bda-fused: the module sklearn is missing; install the [zsl] extra: pip install 'bda_fused[zsl]'\n"
+
+
+def test_importing_the_command_loads_nothing_heavy():
+    code = "import sys, bda_fused.cli; print(*sorted({'torch', 'sklearn', 'matplotlib', 'triton'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "sklearn" not in result.stdout
+    assert "matplotlib" not in result.stdout
+    assert "triton" not in result.stdout
 
 
 def test_info_and_version(capsys):

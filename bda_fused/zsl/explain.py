@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,12 +61,12 @@ class Explanation:
 
     def save(self, path: Path) -> None:
         """Write every field, under its own name, to a compressed .npz file."""
-        arrays = {name: value for name, value in vars(self).items() if value is not None}
-        np.savez_compressed(path, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(self).items() if value is not None}
+        np.savez_compressed(path, **arrays)
 
 
 def explain(model: BDA, dataset: TwoDigits, split: Split) -> Explanation:
-    """Run a model once over the N images of `split`, in evaluation mode, and keep its maps."""
+    """Run a model once over the N images of `split`, in evaluation mode, and keep its maps, averaged over heads."""
     model.eval()
     device = next(model.parameters()).device
     with torch.inference_mode():
@@ -75,13 +76,18 @@ def explain(model: BDA, dataset: TwoDigits, split: Split) -> Explanation:
         labels=split.labels,
         class_scores=out.class_scores.cpu(),
         attribute_scores=out.attribute_scores.cpu(),
-        ssa_map=None if out.ssa_map is None else out.ssa_map.cpu(),
-        vsa_map=out.vsa_map.cpu(),
+        ssa_map=None if out.ssa_map is None else _mean_over_heads(out.ssa_map),
+        vsa_map=_mean_over_heads(out.vsa_map),
         grid=model.config.grid,
         class_attributes=dataset.class_attributes,
         class_names=dataset.class_names,
         attribute_names=dataset.attribute_names,
     )
+
+
+def _mean_over_heads(weights: Tensor) -> Tensor:
+    """(N, rows, columns) on the CPU, from that or from (N, heads, rows, columns)."""
+    return (weights.mean(1) if weights.dim() == 4 else weights).cpu()
 
 
 def mass_in_own_half(explanation: Explanation) -> float:

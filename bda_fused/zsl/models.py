@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bda_fused import backends
+from bda_fused.config import BDAConfig
 from bda_fused.modules import BDA
 from bda_fused.zsl.data import TwoDigits
 from bda_fused.zsl.settings import Settings
@@ -27,14 +28,17 @@ def running_backend(settings: Settings) -> str:
     return explanation.backend
 
 
-def build_model(settings: Settings, dataset: TwoDigits) -> BDA:
+def build_model(settings: Settings, dataset: TwoDigits, config: BDAConfig | None = None) -> BDA:
     """A fused BDA for the set, its initial weights drawn from ``settings.seed``, on ``settings.device``.
+
+    The configuration is the one that the settings ask for, unless a stored one is given.
 
     The read-out W_1 starts at a standard deviation of dim ** -0.5, where the released code has 1: attribute scores then
     start near 1 instead of dim ** 0.5, and training leaves its first plateau after a third of the steps. torch's global
     generator is left as it was.
     """
-    config = settings.bda_config(len(dataset.class_names), len(dataset.attribute_names))
+    if config is None:
+        config = settings.bda_config(len(dataset.class_names), len(dataset.attribute_names))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(settings.seed)
         model = BDA(config, dataset.class_attributes, dataset.unseen)

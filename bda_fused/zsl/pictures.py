@@ -102,8 +102,8 @@ def _show(axes: Axes, image: Tensor, attention: Tensor | None = None) -> None:
     height, width = image.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     if attention is not None:
-        axes.imshow(attention / attention.max(), cmap=MAP_COLOURS, vmin=0, vmax=1, extent=extent)
+        axes.imshow((attention / attention.max()).numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1, extent=extent)
     ink = torch.zeros(height, width, 4)
     ink[..., 3] = image if attention is None else 0.75 * image
-    axes.imshow(ink, extent=extent)
+    axes.imshow(ink.numpy(), extent=extent)
     axes.set(xticks=[], yticks=[])

@@ -18,6 +18,7 @@ import torch
 
 import bda_fused
 from bda_fused import backends
+from bda_fused.config import BDAConfig
 from bda_fused.modules import BDA
 from bda_fused.zsl import pictures
 from bda_fused.zsl.checkpoint import load_weights, save_weights
@@ -25,7 +26,7 @@ from bda_fused.zsl.data import Split, TwoDigits, make_two_digits
 from bda_fused.zsl.explain import DEFAULT_IMAGES, explain, mass_in_own_half, spread
 from bda_fused.zsl.models import build_model, running_backend
 from bda_fused.zsl.output import check_output, new_directory
-from bda_fused.zsl.settings import Settings
+from bda_fused.zsl.settings import Settings, make_settings
 from bda_fused.zsl.training import LOSS_NAMES, EpochRecord, train
 
 WEIGHTS, CONFIG, METRICS, LOG = "model.safetensors", "config.json", "metrics.json", "train.log"
@@ -63,12 +64,12 @@ def train_run(settings: Settings, path: Path, *, overwrite: bool = False, progre
     start = time.perf_counter()
     check_output(path, overwrite=overwrite, marker=METRICS)
     backend = running_backend(settings)
-    dataset, model = _prepare(settings)
+    dataset, model = _prepare(settings, None)
     with (
         backends.use(backend),
         new_directory(path, overwrite=overwrite, marker=METRICS) as directory,
     ):
-        _write_json(directory / CONFIG, asdict(settings))
+        _write_json(directory / CONFIG, {"training": asdict(settings), "model": model.config.to_dict()})
         with (directory / LOG).open("w") as log:
             print(log_header(), file=log)
             history = train(
@@ -112,13 +113,17 @@ def load_run(path: Path, **overrides: Any) -> Run:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run directory {path}")
+    config = _read_json(path / CONFIG)
+    if not (isinstance(config.get("training"), dict) and isinstance(config.get("model"), dict)):
+        raise ValueError(f"{path / CONFIG} must hold the entries training and model, got {', '.join(config) or 'none'}")
     try:
-        settings = Settings(**{**_read_json(path / CONFIG), **overrides})
-    except TypeError as error:
-        raise TypeError(f"{path / CONFIG}: {error}") from error
+        settings = make_settings({**config["training"], **overrides})
+        model_config = BDAConfig.from_dict(config["model"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path / CONFIG}: {error}") from error
     running_backend(settings)
     metrics = _read_json(path / METRICS)
-    dataset, model = _prepare(settings)
+    dataset, model = _prepare(settings, model_config)
     load_weights(model, path / WEIGHTS)
     return Run(settings, dataset, model, metrics)
 
@@ -156,11 +161,11 @@ def log_line(record: EpochRecord) -> str:
     return "\t".join([str(record.epoch), f"{record.seconds:.1f}", *numbers])
 
 
-def _prepare(settings: Settings) -> tuple[TwoDigits, BDA]:
+def _prepare(settings: Settings, config: BDAConfig | None) -> tuple[TwoDigits, BDA]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dataset = make_two_digits(settings.seed, validation=settings.validation)
-    return dataset, build_model(settings, dataset)
+    return dataset, build_model(settings, dataset, config)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

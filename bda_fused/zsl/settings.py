@@ -109,7 +109,12 @@ class Settings:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
         _check_type("device", self.device, str, "a string")
         _check_type("bda", self.bda, Mapping, "a mapping of BDAConfig fields")
-        self.bda_config(num_classes=2, num_attributes=1)  # refuses what is wrong before the data set is drawn
+        for name in ("num_classes", "num_attributes", "grid", "stem"):
+            if name in self.bda:
+                raise ValueError(f"bda must leave {name} to the data set, got {self.bda[name]!r}")
+        config = self.bda_config(num_classes=2, num_attributes=1)  # refuses the rest before the data set is drawn
+        if config.stem_channels[0] != 1:
+            raise ValueError(f"stem_channels must begin with 1, as the images are grey, got {config.stem_channels}")
 
     def bda_config(self, num_classes: int, num_attributes: int) -> BDAConfig:
         """The model's configuration: the preset, then `order` and `ssa`, then `bda`."""
