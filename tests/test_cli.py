@@ -133,7 +133,10 @@ def edit(run, section, **values):
         (lambda run: (run / "config.json").write_text("{"), "is not valid JSON"),
         (lambda run: (run / "config.json").write_text("{}"), "must hold the entries training and model, got none"),
         (lambda run: edit(run, "model", dim=32), "its configuration asks for"),
-        (lambda run: edit(run, "model", num_classes=80), r"class_attributes must be (num_classes, num_attributes) = (80, 20)"),
+        (
+            lambda run: edit(run, "model", num_classes=80),
+            r"class_attributes must be (num_classes, num_attributes) = (80, 20)",
+        ),
         (lambda run: edit(run, "training", epochs=0), "config.json: epochs must be at least 1, got 0"),
         (lambda run: edit(run, "model", depth=2), "config.json: unknown field 'depth'"),
     ],
@@ -196,7 +199,9 @@ def test_a_missing_module_of_the_extra_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_importing_the_command_loads_nothing_heavy():
-    code = "import sys, bda_fused.cli; print(*sorted({'torch', 'sklearn', 'matplotlib', 'triton'} & sys.modules.keys()))"
+    code = (
+        "import sys, bda_fused.cli; print(*sorted({'torch', 'sklearn', 'matplotlib', 'triton'} & sys.modules.keys()))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "sklearn" not in result.stdout
     assert "matplotlib" not in result.stdout

@@ -105,8 +105,9 @@ def mass_in_own_half(explanation: Explanation) -> float:
 
 
 def spread(split: Split, count: int) -> Split:
-    """`count` images at equal steps through a split, so of as many different classes as there are."""
-    index = torch.linspace(0, len(split) - 1, count).long()
+    """`count` images spread over a split: at multiples of the golden ratio, which no rhythm of the classes shares."""
+    steps = torch.arange(count, dtype=torch.float64) * (5**0.5 - 1) / 2
+    index = ((steps % 1) * len(split)).long().sort().values
     return Split(split.images[index], split.labels[index])
 
 

@@ -33,9 +33,9 @@ def build_model(settings: Settings, dataset: TwoDigits, config: BDAConfig | None
 
     The configuration is the one that the settings ask for, unless a stored one is given.
 
-    In the demo model the read-out W_1 starts at a standard deviation of dim ** -0.5, where the released code, and with it
-    the full model, has 1: attribute scores then start near 1 instead of dim ** 0.5, and training leaves its first plateau
-    after a third of the steps. torch's global generator is left as it was.
+    In the demo model the read-out W_1 starts at a standard deviation of dim ** -0.5, where the released code, and with
+    it the full model, has 1: attribute scores then start near 1 instead of dim ** 0.5, and training leaves its first
+    plateau after a third of the steps. torch's global generator is left as it was.
     """
     if config is None:
         config = settings.bda_config(len(dataset.class_names), len(dataset.attribute_names))

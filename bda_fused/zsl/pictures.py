@@ -33,13 +33,14 @@ def draw_training_curves(history: Sequence[EpochRecord], path: Path) -> None:
     labels = {"sce": "class scores (SCE)", "cal": "calibration", "reg": "attributes (reg)", "vce": "visual head (VCE)"}
     for name, label in labels.items():
         losses.plot(epochs, [record.losses[name] for record in history], marker="o", ms=3, label=label)
-    losses.set(title="Training losses, unweighted", ylabel="mean over the epoch", yscale="log")
+    losses.set(title="Training losses, unweighted", ylabel="mean over the epoch")
+    losses.set_ylim(bottom=0)
     curves = {"S": "S: seen classes", "U": "U: unseen classes", "H": "H: harmonic mean", "T1": "T1: among unseen only"}
     for (name, label), style in zip(curves.items(), ("-", "-", "--", ":"), strict=True):
         values = [getattr(record.metrics, name) for record in history]
         accuracies.plot(epochs, values, style, marker="o", ms=3, label=label)
     accuracies.set(
-        title="Held-out images (shown, never used to choose)", ylabel="per-class accuracy (%)", ylim=(0, 101)
+        title="Held-out images (no epoch is chosen by them)", ylabel="per-class accuracy (%)", ylim=(0, 101)
     )
     for axes in (losses, accuracies):
         axes.set(xlabel="epoch")

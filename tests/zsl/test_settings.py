@@ -62,7 +62,11 @@ def test_ablations_and_bda_fields_reach_the_model():
         ({"bda": [1]}, TypeError, "bda must be a mapping of BDAConfig fields, got [1]"),
         ({"bda": {"depth": 2}}, ValueError, "unknown field 'depth' of BDAConfig"),
         ({"bda": {"grid": [14, 14]}}, ValueError, "bda must leave grid to the data set, got [14, 14]"),
-        ({"bda": {"stem_channels": [3, 32, 64]}}, ValueError, "stem_channels must begin with 1, as the images are grey"),
+        (
+            {"bda": {"stem_channels": [3, 32, 64]}},
+            ValueError,
+            "stem_channels must begin with 1, as the images are grey",
+        ),
         ({"speed": 2}, ValueError, "there is no setting 'speed'; known are model, seed"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
