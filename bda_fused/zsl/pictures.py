@@ -39,9 +39,7 @@ def draw_training_curves(history: Sequence[EpochRecord], path: Path) -> None:
     for (name, label), style in zip(curves.items(), ("-", "-", "--", ":"), strict=True):
         values = [getattr(record.metrics, name) for record in history]
         accuracies.plot(epochs, values, style, marker="o", ms=3, label=label)
-    accuracies.set(
-        title="Held-out images (no epoch is chosen by them)", ylabel="per-class accuracy (%)", ylim=(0, 101)
-    )
+    accuracies.set(title="Held-out images (no epoch is chosen by them)", ylabel="per-class accuracy (%)", ylim=(0, 101))
     for axes in (losses, accuracies):
         axes.set(xlabel="epoch")
         axes.grid(alpha=0.3)
