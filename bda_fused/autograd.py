@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from bda_fused import _checks, dropout, ops
-from bda_fused.numerics import softmax_dtype
+from bda_fused.numerics import softmax_dtype, without_autocast
 
 
 class ResidualAttentionFunction(Function):
@@ -179,7 +179,7 @@ def differentiable_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and attn_bias by differentiable torch ops, in float32 or float64."""
     dtype = softmax_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         q, k, dy = query.to(dtype), key.to(dtype), grad_y.to(dtype)
         v = k if value is None else value.to(dtype)
         scores = scale * (q @ k.mT)

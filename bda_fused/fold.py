@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 
 from bda_fused import functional, plan
 from bda_fused.memo import is_frozen, once
-from bda_fused.numerics import gemm_dtype, softmax_dtype
+from bda_fused.numerics import gemm_dtype, softmax_dtype, without_autocast
 
 if TYPE_CHECKING:
     from bda_fused.reference import Attention
@@ -73,7 +73,7 @@ def attend(
     dtypes = Dtypes.of(module, queries)
     dropout_p = module.dropout if module.training else 0.0
     heads = module.num_heads
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries.device):
         algebra = _choose(module, queries, source, dtypes)
         fold = _Fold(module, dtypes, map_dropped=dropout_p > 0)
         x = queries.to(dtypes.of_rows(queries))

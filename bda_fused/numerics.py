@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -28,3 +30,10 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, softmax and of every fold of weights: float32, and float64 for float64."""
     return torch.float32 if dtype in LOW_PRECISION else dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off on the device; entering torch's own costs more, so only where it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bda_fused import backends
 from bda_fused.backends.problem import Problem
-from bda_fused.numerics import softmax_dtype
+from bda_fused.numerics import softmax_dtype, without_autocast
 from bda_fused.shapes import batch_of
 
 _library = torch.library.Library("bda_fused", "DEF")
@@ -70,7 +70,7 @@ def _forward(
     residual = query if residual_is_query else residual
     problem = Problem.of(query, key, value, residual, attn_bias)
     chosen = backends.select(problem, backend)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         return chosen.forward(
             problem,
             query,
@@ -141,7 +141,7 @@ def _backward(
     value = key if value is None else value
     problem = Problem.of(query, key, value, grad_y, attn_bias)
     chosen = backends.select(problem, backend)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         return chosen.backward(
             problem,
             grad_y,
