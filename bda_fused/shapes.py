@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 
 def batch_of(*operands: Tensor) -> tuple[int, int]:
     """(B, H): the broadcast of the batch axes of 4-D operands that are known to fit."""
-    return _broadcast(x.shape[0] for x in operands), _broadcast(x.shape[1] for x in operands)
-
-
-def _broadcast(sizes: Iterable[int]) -> int:
-    return next((size for size in sizes if size != 1), 1)
+    batch = heads = 1
+    for x in operands:  # plain, because every call of every attention comes here several times
+        shape = x.shape
+        if shape[0] != 1:
+            batch = shape[0]
+        if shape[1] != 1:
+            heads = shape[1]
+    return batch, heads
 
 
 def lift(x: Tensor) -> Tensor:

@@ -77,10 +77,18 @@ def test_opcheck_backward(needs):
 
 
 def test_raw_operators_refuse_a_gradient():
-    tensors = operands(requires_grad=True)
-    y, *_ = ops.residual_attention(*tensors, None, None, 0.5, 0.0, False, False, False, True, "auto")
+    query, key, value, residual = operands(requires_grad=True)
+    options = (None, 0.5, 0.0, False)
     with pytest.raises(RuntimeError, match=r"have no gradient of their own: call bda_fused\.functional"):
-        y.sum().backward()
+        ops.residual_attention(query, key, value, residual, None, *options, False, False, True, "auto")
+    with torch.no_grad():
+        y, weights, _, lse = ops.residual_attention(
+            query, key, value, residual, None, *options, False, False, True, "auto"
+        )
+    with pytest.raises(RuntimeError, match=r"have no gradient of their own: call bda_fused\.functional"):
+        ops.residual_attention_backward(
+            y, None, None, query, key, value, None, weights, lse, *options, [True, True, True, False], "auto"
+        )
 
 
 def test_compiles_to_one_graph_with_one_recompilation_for_any_batch():
