@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -97,6 +98,7 @@ def peak_bytes(contest: Contest, name: str) -> int:
         before = torch.cuda.memory_allocated()
         contest.run(name)
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler's own log lands between the lines of a table
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         contest.run(name)
     assert profiler.profiler is not None
