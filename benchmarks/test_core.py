@@ -1,4 +1,4 @@
-"""SSA + VSA under pytest-benchmark: pytest benchmarks --benchmark-only, one group for each shape and pass.
+"""SSA + VSA under pytest-benchmark: pytest benchmarks --benchmark-only [--report DIR], a group for each shape and pass.
 
 Each case is checked before it is timed; extra_info says on what machine, by which backend and with what peak memory.
 """
@@ -10,11 +10,10 @@ from bda_fused.bench import run
 from bda_fused.bench.cases import RIVALS, Case, Contest, cases
 
 CASES = {case.name: case for case in cases()}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
-def contest_of():
+def contest_of(request):
     """Contests by case, each made and checked once; the last one only is kept."""
     made: dict[Case, Contest] = {}
 
@@ -22,7 +21,7 @@ def contest_of():
         if case not in made:
             made.clear()
             torch._dynamo.reset()
-            made[case] = Contest.of(case, tuple(RIVALS), device=DEVICE)
+            made[case] = Contest.of(case, tuple(RIVALS), device=request.config.measured.device)
             made[case].check()
         return made[case]
 
@@ -31,19 +30,21 @@ def contest_of():
 
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("name", CASES)
-def test_core(name, rival, contest_of, benchmark):
+def test_core(name, rival, contest_of, measured, benchmark):
     case = CASES[name]
     contest = contest_of(case)
     benchmark.group = case.name
-    benchmark.extra_info |= run.environment(DEVICE) | {
+    peak_bytes, device_seconds = run.peak_bytes(contest, rival), run.seconds(contest, rival, 3)
+    benchmark.extra_info |= run.environment(measured.device) | {
         "flops": case.flops(rival),
-        "peak_bytes": run.peak_bytes(contest, rival),
-        "device_seconds": run.seconds(contest, rival, 3),
+        "peak_bytes": peak_bytes,
+        "device_seconds": device_seconds,
     }
 
     def timed() -> None:
         contest.run(rival)
-        if DEVICE == "cuda":
+        if measured.device == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(timed, rounds=7, warmup_rounds=1)
+    benchmark.pedantic(timed, rounds=measured.rounds, warmup_rounds=1)
+    measured.add(case, rival, benchmark.stats.stats.median if measured.device == "cpu" else device_seconds, peak_bytes)

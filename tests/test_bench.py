@@ -1,5 +1,9 @@
 """The benchmark's own honesty: FLOPs as counted, parity before time, ratios and tables as measured."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,6 +12,7 @@ import bda_fused.flops  # noqa: F401, what it registers is used
 from bda_fused.bench import cases, command, report, run
 from bda_fused.bench.cases import RIVALS, Case, Contest
 
+ROOT = Path(__file__).parents[1]
 TINY = Case("tiny", 8, 6, 2, "forward+backward")
 EAGER_RIVALS = tuple(name for name in RIVALS if name != "compiled")
 
@@ -110,6 +115,19 @@ def test_a_directory_in_use_is_refused_before_anything_is_measured(tmp_path, mon
     monkeypatch.setattr(run, "measure_all", None)
     with pytest.raises(ValueError, match="is not empty"):
         command.bench(out=tmp_path)
+
+
+def test_a_pytest_benchmark_session_draws_the_same_report(tmp_path):
+    chosen = "AWA2 and 350 and 49 and not 196 and not 32 and not backward"
+    command_line = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-k", chosen]
+    command_line += ["-p", "no:cacheprovider", "--report", str(tmp_path / "report")]
+    finished = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["bench.json", "bench.md", "bench.png"]
+    text = (tmp_path / "report" / "bench.md").read_text()
+    assert text.strip() in finished.stdout
+    assert "medians of 7 rounds in a row" in text
+    assert text.count("AWA2 C=350 HW=49 B=8 forward |") == 1
 
 
 def test_cases_are_the_whole_product():

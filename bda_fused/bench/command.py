@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,17 @@ def bench(
         device=device,
         done=lambda result: print(report.line(result), flush=True),
     )
+    return publish(results, env, rounds=f"{rounds} interleaved rounds", out=out, overwrite=overwrite)
+
+
+def publish(
+    results: list[run.Result], env: dict[str, Any], *, rounds: str, out: Path | None = None, overwrite: bool = False
+) -> str:
+    """The table with its heading and summary; with ``out`` written there beside the data and a plot.
+
+    Raises:
+        ValueError: an output directory that is in use.
+    """
     text = f"{report.heading(env, rounds)}\n\n{report.table(results)}\n\n{report.summary(results)}\n"
     if out is not None:
         with new_directory(out, overwrite=overwrite, marker=DATA) as folder:

@@ -10,11 +10,11 @@ from bda_fused.bench.run import Result
 TITLES = {"natural": "natural", "sdpa": "SDPA", "compiled": "torch.compile", "algebra": "our algebra in torch ops"}
 
 
-def heading(env: dict[str, Any], rounds: int) -> str:
-    """What the numbers belong to."""
+def heading(env: dict[str, Any], rounds: str) -> str:
+    """What the numbers belong to; ``rounds`` says how many and how, such as "7 interleaved rounds"."""
     machine = env["gpu"] or f"{env['processor']} ({env['cpu_capability']}), {env['threads']} thread(s)"
     return (
-        f"SSA + VSA, float32, backend {env['backend']}, medians of {rounds} interleaved rounds on {machine}, "
+        f"SSA + VSA, float32, backend {env['backend']}, medians of {rounds} on {machine}, "
         f"torch {env['torch']}, bda_fused {env['bda_fused']}."
     )
 
