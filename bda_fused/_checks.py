@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bda_fused.numerics import autocast_dtype
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,8 +64,8 @@ def checked_operands(query: Any, key: Any, value: Any, residual: Any, attn_bias:
         if tensor is not None or name in ("query", "key", "value"):
             check_operand(name, tensor)
     check_same_device(operands)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = autocast_dtype(query.device)
+    if dtype is not None and query.dtype != torch.float64:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_same_dtype(query, key, value)
     check_shapes(query, key, value, residual, attn_bias)

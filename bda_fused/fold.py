@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 
 from bda_fused import functional, plan
 from bda_fused.memo import is_frozen, once
-from bda_fused.numerics import gemm_dtype, softmax_dtype, without_autocast
+from bda_fused.numerics import autocast_dtype, gemm_dtype, softmax_dtype, without_autocast
 
 if TYPE_CHECKING:
     from bda_fused.reference import Attention
@@ -45,15 +45,28 @@ class Dtypes:
     @classmethod
     def of(cls, module: Attention, x: Tensor) -> Dtypes:
         dtype = module.q_proj.weight.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        elif x.dtype != dtype:
-            raise TypeError(f"the inputs must have the parameters' dtype {dtype} outside autocast, got {x.dtype}")
+        autocast = autocast_dtype(x.device)
+        if autocast is not None and dtype != torch.float64:
+            dtype = autocast
         return cls(dtype, gemm_dtype(dtype, x.device), softmax_dtype(dtype))
 
     def of_rows(self, x: Tensor) -> torch.dtype:
         """Rows that all images share are few: they are projected like a fold. Rows of every image are products."""
         return self.fold if x.dim() == 2 else self.gemm
+
+
+def is_plain(module: Attention) -> bool:
+    """Whether weights and biases say all about the projections: nn.Linear, parametrised or not, and without hooks."""
+    return all(
+        projection is None
+        or (
+            isinstance(projection, nn.Linear)
+            and type(projection).forward is nn.Linear.forward
+            and not (projection._forward_hooks or projection._forward_pre_hooks)
+            and not (projection._backward_hooks or projection._backward_pre_hooks)
+        )
+        for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj)
+    )
 
 
 def attend(
@@ -71,6 +84,7 @@ def attend(
     dropout mask, of queries and source that all images share. Returns Y, and the map before dropout or None.
     """
     dtypes = Dtypes.of(module, queries)
+    _check_inputs(module, queries, source, dtypes)
     dropout_p = module.dropout if module.training else 0.0
     heads = module.num_heads
     with without_autocast(queries.device):
@@ -111,6 +125,27 @@ def attend(
         return result.to(dtype), None if weights is None else weights.to(dtypes.result)
 
 
+def _check_inputs(module: Attention, queries: Tensor, source: Tensor, dtypes: Dtypes) -> None:
+    name, dim = type(module).__name__, module.q_proj.in_features
+    for x in (queries, source):
+        if x.dim() < 2 or x.shape[-1] != dim:
+            raise ValueError(
+                f"the inputs of {name} must be (rows, {dim}) or (B, rows, {dim}), got shape {tuple(x.shape)}"
+            )
+        if x.dtype != dtypes.result and autocast_dtype(x.device) is None:
+            raise TypeError(
+                f"the inputs of {name} must have the parameters' dtype {dtypes.result} outside autocast, got {x.dtype}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"the inputs of {name} must be floating-point tensors, got {x.dtype}")
+    for size, other in zip(reversed(queries.shape[:-2]), reversed(source.shape[:-2]), strict=False):
+        if size != other and size != 1 and other != 1:
+            raise ValueError(
+                f"the inputs of {name} must have equal batch sizes, or 1, "
+                f"got shapes {tuple(queries.shape)} and {tuple(source.shape)}"
+            )
+
+
 def _choose(module: Attention, queries: Tensor, source: Tensor, dtypes: Dtypes) -> plan.Plan:
     images = queries.shape[0] if queries.dim() == 3 else source.shape[0] if source.dim() == 3 else 1
     size = plan.Size(
@@ -128,7 +163,6 @@ def _choose(module: Attention, queries: Tensor, source: Tensor, dtypes: Dtypes) 
         out_proj=module.out_proj is not None,
         kv_dropout=module.training and module.kv_dropout > 0,
         frozen=is_frozen(module),
-        device_type=queries.device.type,
     )
 
 
@@ -153,7 +187,7 @@ class _Fold:
         return linear.weight.to(fold), None if linear.bias is None else linear.bias.to(fold)
 
     def once(self, name: str, compute: Callable[[], T], *inputs: Tensor) -> T:
-        return once(self.module, (name, self.dtypes), compute, *inputs)
+        return once(self.module, (name, self.dtypes, self.module.scale, self.module.kv_scale), compute, *inputs)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = self.dtypes.of_rows(x)

@@ -172,7 +172,10 @@ def attend(
     """
     operands = [x for x in (query, key, value, residual) if x is not None]
     bias = None if attn_bias is None else lift_bias(attn_bias, heads=query.dim() == 4)
-    need_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*operands, attn_bias))
+    # Inside a traced torch.func.grad no operand says that it needs a gradient.
+    need_grad = torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or any(x is not None and x.requires_grad for x in (*operands, attn_bias))
+    )
     y, weights, row_sum, _ = ResidualAttentionFunction.apply(
         lift(query),
         lift(key),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bda_fused import fold, reference
 from bda_fused.config import BDAConfig
-from bda_fused.memo import Memo, once
+from bda_fused.memo import once, remembering
 from bda_fused.reference import SVEN, BDAOutput, FeedForward
 
 __all__ = [
@@ -34,11 +34,17 @@ __all__ = [
 
 
 class FusedAttention(reference.Attention):
-    """reference.Attention through folded weights and residual attention; each call picks the cheapest exact algebra."""
+    """reference.Attention through folded weights and residual attention; each call picks the cheapest exact algebra.
+
+    A projection that is more than its weight and bias (it has hooks, or a forward of its own, as adapters and pruned
+    layers have) is called as it is, and the attention around it computed as the reference does.
+    """
 
     def attend(
         self, x: Tensor, y: Tensor, *, attn_bias: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        if not fold.is_plain(self):
+            return super().attend(x, y, attn_bias=attn_bias, need_weights=need_weights)
         return fold.attend(self, x, y, attn_bias=attn_bias, need_weights=need_weights)
 
 
@@ -63,6 +69,8 @@ class AttributeSelfAttention(FusedAttention, reference.AttributeSelfAttention):
     def forward(
         self, attributes: Tensor, images: int | None = None, need_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if not fold.is_plain(self):
+            return super().forward(attributes, images, need_weights)
         y, weights = fold.attend(self, attributes, attributes, images=images, need_weights=need_weights)
         return y if weights is None else (y, weights)
 
@@ -103,7 +111,8 @@ def fuse(model: nn.Module) -> dict[str, str]:
     """Replace, in place, every reference module inside ``model`` (and itself) by its fused twin.
 
     A module changes its class and nothing else: parameters, buffers, hooks and what refers to them stay, so optimisers
-    and checkpoints go on. Subclasses of a reference class are left as they are, since they may do something else.
+    and checkpoints go on. Subclasses of a reference class are left as they are, since they may do something else, and
+    an attention whose projections have hooks or a forward of their own computes as the reference does.
 
     Returns:
         What was replaced: the module's name inside ``model`` ("" for itself) -> the name of its class.
@@ -126,8 +135,11 @@ def fuse(model: nn.Module) -> dict[str, str]:
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Inference with the products of parameters computed once: folded keys, values and queries, merged matrices.
 
-    Inside the context nothing has a gradient, and what no image changes is computed in the first call and kept until
-    the context ends. A parameter that is changed in place meanwhile is noticed, and what came from it computed anew.
+    Inside the context gradients are off, and what no image changes is computed in the first call and kept until the
+    context ends, for the thread that entered it. A parameter that is written to or replaced meanwhile is noticed by
+    torch's version counter and its address, and what came from it computed anew; what goes around both (an in-place
+    change through ``.data``, or of an inference tensor) is not. Calls that are in training mode, compiled, or under
+    ``torch.enable_grad`` keep nothing.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -140,12 +152,5 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     fused = [module for module in model.modules() if isinstance(module, tuple(_TWINS.values()))]
     if not fused:
         raise ValueError("model has no fused module to freeze, call bda_fused.fuse(model) first")
-    before = [module.__dict__.get("_memo") for module in fused]
-    for module, memo in zip(fused, before, strict=True):
-        module.__dict__["_memo"] = memo or Memo()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, memo in zip(fused, before, strict=True):
-            module.__dict__["_memo"] = memo
+    with remembering(fused), torch.no_grad():
+        yield model

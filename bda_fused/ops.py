@@ -21,6 +21,8 @@ The backend is chosen inside the operator, so a traced graph does not depend on 
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,6 @@ residual_attention = torch.ops.bda_fused.residual_attention.default
 residual_attention_backward = torch.ops.bda_fused.residual_attention_backward.default
 
 
-def _refuse_gradient(*operands: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        raise RuntimeError(
-            "the raw bda_fused operators have no gradient of their own: call bda_fused.functional.residual_attention"
-        )
-
-
 @torch.library.impl(_library, "residual_attention", "CompositeExplicitAutograd")
 def _forward(
     query: Tensor,
@@ -71,7 +66,6 @@ def _forward(
     need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _refuse_gradient(query, key, value, residual, attn_bias)
     value = key if value is None else value
     residual = query if residual_is_query else residual
     problem = Problem.of(query, key, value, residual, attn_bias)
@@ -143,7 +137,6 @@ def _backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _refuse_gradient(grad_y, grad_weights, grad_row_sum, query, key, value, attn_bias)
     key_is_value = value is None
     value = key if value is None else value
     problem = Problem.of(query, key, value, grad_y, attn_bias)
@@ -195,5 +188,11 @@ def _backward_fake(
     return query_grad, key_grad, value_grad, bias_grad
 
 
+def _refuse_gradient(*_: object) -> NoReturn:
+    raise RuntimeError(
+        "the raw bda_fused operators have no gradient of their own: call bda_fused.functional.residual_attention"
+    )
+
+
 for _name in ("residual_attention", "residual_attention_backward"):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_autograd(f"bda_fused::{_name}", _refuse_gradient, lib=_library)

@@ -1,4 +1,4 @@
-"""Which algebra computes an attention module: its projections where they cost least, chosen by FLOPs and bytes.
+"""Which algebra computes an attention module: its projections where they cost least, chosen by FLOPs.
 
 With Q = X W_q + b_q, K = Y W_k + b_k and V = Y W_v + b_v, the scores Q K^T need not be computed from both projections:
 
@@ -37,10 +37,6 @@ Name = TypeVar("Name", Scores, Values)
 # A traced graph serves every batch size, so it is planned for one like this, whatever the batch that traces it.
 TRACED_IMAGES = 32
 
-# FLOPs that take as long as one byte of memory traffic: about 100 GFLOP/s over 10 GB/s for a CPU core; a GPU's tensor
-# cores over its DRAM. Only the order of magnitude matters: it breaks ties between algebras of like FLOPs.
-FLOPS_PER_BYTE = {"cpu": 10, "cuda": 150}
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -51,10 +47,6 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    def time(self, device_type: str) -> int:
-        """Work in units of one FLOP of ``device_type``, comparable between algebras of one problem."""
-        return self.flops + FLOPS_PER_BYTE.get(device_type, FLOPS_PER_BYTE["cuda"]) * self.bytes
 
 
 def gemm(m: int, n: int, k: int, batch: int = 1, itemsize: int = 4) -> Cost:
@@ -165,29 +157,32 @@ def choose(
     out_proj: bool = False,
     kv_dropout: bool = False,
     frozen: bool = False,
-    device_type: str = "cpu",
 ) -> Plan:
-    """The plan of least time by the cost model, or the one that ``force`` demands."""
+    """The plan of fewest FLOPs, or the one that ``force`` demands.
+
+    Bytes do not enter: every product has C columns, so its bytes rise with its rows as its FLOPs do, and weighing them
+    in changes no choice (a test tries).
+    """
     cheapest = _cheapest if torch.compiler.is_compiling() else _remembered_cheapest
-    plan = cheapest(size, out_proj, kv_dropout, frozen, device_type)
+    plan = cheapest(size, out_proj, kv_dropout, frozen)
     if _forced is None:
         return plan
     return _forced.apply(plan, *allowed(out_proj=out_proj, heads=size.heads, kv_dropout=kv_dropout))
 
 
-def _cheapest(size: Size, out_proj: bool, kv_dropout: bool, frozen: bool, device_type: str) -> Plan:
+def _cheapest(size: Size, out_proj: bool, kv_dropout: bool, frozen: bool) -> Plan:
     scores, values = allowed(out_proj=out_proj, heads=size.heads, kv_dropout=kv_dropout)
     return Plan(
-        _least(scores, [_score_cost(name, size, frozen).time(device_type) for name in scores]),
-        _least(values, [_value_cost(name, size, out_proj, frozen).time(device_type) for name in values]),
+        _least(scores, [_score_cost(name, size, frozen).flops for name in scores]),
+        _least(values, [_value_cost(name, size, out_proj, frozen).flops for name in values]),
     )
 
 
-def _least(names: tuple[Name, ...], times: list[int]) -> Name:
-    """The first name of least time; a plain loop, because ``min`` cannot be traced over symbolic sizes."""
+def _least(names: tuple[Name, ...], flops: list[int]) -> Name:
+    """The first name of fewest FLOPs; a plain loop, because ``min`` cannot be traced over symbolic sizes."""
     best = 0
-    for index, time in enumerate(times):
-        if time < times[best]:
+    for index, count in enumerate(flops):
+        if count < flops[best]:
             best = index
     return names[best]
 

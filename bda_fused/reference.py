@@ -13,6 +13,7 @@ bda_fused.modules has the same classes with fused attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ class Attention(nn.Module):
         num_heads: heads, a divisor of ``dim``.
 
     Raises:
-        ValueError: a size below 1, heads that do not divide ``dim``, or a probability outside [0, 1].
+        ValueError: a size below 1, heads that do not divide ``dim``, a probability outside [0, 1], or a scale that is
+            not finite.
     """
 
     def __init__(
@@ -82,6 +84,9 @@ class Attention(nn.Module):
         for name, p in (("dropout", dropout), ("kv_dropout", kv_dropout)):
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {p}")
+        for name, factor in (("scale", 0.0 if scale is None else scale), ("kv_scale", kv_scale)):
+            if not math.isfinite(factor):
+                raise ValueError(f"{name} must be finite, got {factor}")
         self.q_proj = nn.Linear(dim, dim, bias=bias)
         self.k_proj = nn.Linear(dim, dim, bias=bias)
         self.v_proj = nn.Linear(dim, dim, bias=bias)
@@ -181,9 +186,13 @@ class RegionSelfAttention(Attention):
         self.register_buffer("offsets", _offsets(self.grid), persistent=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> RegionSelfAttention:
-        """A cast of the module leaves the position features in float64: a model cast to float64 has them exact."""
+        """A cast leaves the position features in float64, so that a model cast to float64 has them exact.
+
+        They are made anew, with the offsets, so that a model that comes from the "meta" device has them at all.
+        """
         super()._apply(*args, **kwargs)
-        self.geometry_table = geometry_features(self.grid).to(self.offsets.device)
+        device = self.offsets.device
+        self.geometry_table, self.offsets = geometry_features(self.grid).to(device), _offsets(self.grid).to(device)
         return self
 
     def geometry_bias(self) -> Tensor | None:
@@ -556,7 +565,7 @@ def class_attribute_matrix(attributes: Tensor) -> Tensor:
 
 
 def _unseen_mask(unseen: Tensor | Iterable[int], num_classes: int) -> Tensor:
-    given = torch.as_tensor(unseen if isinstance(unseen, Tensor) else list(unseen))
+    given = unseen if isinstance(unseen, Tensor) else torch.tensor(list(unseen), device="cpu")
     if given.dtype == torch.bool:
         if tuple(given.shape) != (num_classes,):
             raise ValueError(f"unseen must be a mask of {num_classes} classes, got shape {tuple(given.shape)}")
@@ -564,7 +573,7 @@ def _unseen_mask(unseen: Tensor | Iterable[int], num_classes: int) -> Tensor:
     else:
         if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < num_classes):
             raise ValueError(f"unseen must hold classes 0 to {num_classes - 1}, got {given.tolist()}")
-        mask = torch.zeros(num_classes, dtype=torch.bool)
+        mask = torch.zeros(num_classes, dtype=torch.bool, device=given.device)
         mask[given.long()] = True
     if not 0 < int(mask.sum()) < num_classes:
         raise ValueError(f"unseen must leave seen and unseen classes, got {int(mask.sum())} of {num_classes}")

@@ -39,6 +39,9 @@ def assert_close(
 ) -> None:
     """AssertionError unless ``result`` is as good as the rule of numerics asks: one rule for all tests."""
     assert result.shape == truth.shape, f"{name} has shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
+    assert yardstick.shape == truth.shape, f"the yardstick of {name} has shape {tuple(yardstick.shape)}"
+    assert result.dtype == yardstick.dtype, f"{name} has dtype {result.dtype}, expected {yardstick.dtype}"
+    assert bool(yardstick.isfinite().all() and truth.isfinite().all()), f"{name} has no finite yardstick and truth"
     error = _largest(result.double() - truth)
     factor = GRADIENT_FACTOR if gradient else OUTPUT_FACTOR
     bound = error_bound(truth, yardstick, factor=factor, largest_term=largest_term)

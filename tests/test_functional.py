@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bda_fused import functional as F
+from bda_fused import ops
+from bda_fused.testing import assert_close
 
 B, H, L, S, DK, DV = 3, 2, 5, 7, 4, 6
 BIASES = {
@@ -235,3 +237,124 @@ def test_no_shared_operand_is_expanded_in_memory():
         F.ssa(query, key, key, query).sum().backward()
     allocated = sum(event.self_cpu_memory_usage for event in profiler.key_averages() if event.self_cpu_memory_usage > 0)
     assert 0 < allocated < shared_copy
+
+
+def test_only_the_products_that_are_needed_run():
+    """In the backward, as the profiler sees them; and the forward keeps no map where nothing needs a gradient."""
+    from torch.profiler import ProfilerActivity, profile
+
+    operands = {"query": torch.randn(B, L, DK), "value": torch.randn(S, DV)}
+    key, products = torch.randn(S, DK), {}
+    for wanted, tensor in operands.items():
+        y = F.residual_attention(
+            **{name: x.detach() for name, x in operands.items()} | {wanted: tensor.requires_grad_()}, key=key
+        )
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            torch.autograd.grad(y, tensor, torch.ones_like(y))
+        kinds = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
+        products[wanted] = sum(event.count for event in profiler.key_averages() if event.key in kinds)
+    assert products == {"query": 2, "value": 1}, "dP and dQ; dV alone"
+    _, kept, _, _ = ops.residual_attention(
+        operands["query"].detach()[:, None], key[None, None], None, None, None, None, 1.0, 0.0, *[False] * 4, "eager"
+    )
+    assert kept.numel() == 0
+
+
+def test_the_map_is_kept_for_a_gradient_alone(monkeypatch):
+    from bda_fused.backends import eager
+
+    asked = []
+    forward = eager.forward
+    monkeypatch.setattr(eager, "forward", lambda *args: asked.append(args[-1]) or forward(*args))
+    query, key = leaf(B, L, DK), leaf(S, DK)
+    F.residual_attention(query, key, key)
+    F.residual_attention(query.detach(), key.detach(), key.detach())
+    with torch.no_grad():
+        F.residual_attention(query, key, key)
+    assert asked == [True, False, False]
+
+
+@pytest.mark.parametrize("batch", [(), (B,), (B, H)], ids=["2-D", "3-D", "4-D"])
+def test_results_may_be_written_to(batch):
+    query, key = leaf(*batch, L, DK), leaf(*(1,) * len(batch), S, DK).squeeze(0) if batch == (B,) else leaf(S, DK)
+    key = key[None, None] if len(batch) == 2 else key
+    y = F.residual_attention(query, key, key, query)
+    expected = y.detach() + 1
+    y += 1
+    torch.testing.assert_close(y.detach(), expected)
+    y.relu_().sum().backward()
+    assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 64])
+@pytest.mark.parametrize("passes", ["output", "gradient"])
+def test_float32_by_the_one_rule_at_any_width(width, passes):
+    """A residual that enters a narrow GEMM is rounded with every term of it."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        operands = [torch.randn(shape) for shape in ((2, 49, width), (312, width), (312, width))]
+        upstream = torch.randn(2, 49, width)
+        found = []
+        for dtype, function in (
+            (torch.float64, lambda q, k, v: natural(q, k, v, q, None, 0.5)[0]),
+            (torch.float32, lambda q, k, v: natural(q, k, v, q, None, 0.5)[0]),
+            (torch.float32, lambda q, k, v: F.attend(q, k, v, scale=0.5, residual_is_query=True)[0]),
+        ):
+            leaves = [x.to(dtype).requires_grad_() for x in operands]
+            y = function(*leaves)
+            found.append([y] if passes == "output" else torch.autograd.grad(y, leaves, upstream.to(dtype)))
+        for truth, yardstick, ours in zip(*found, strict=True):
+            assert_close(ours, truth, yardstick, gradient=passes == "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("rows", "keys", "width"), [(1, 5, 64), (7, 5, 64), (1, 85, 350)])
+def test_gradients_of_peaked_rows_by_the_one_rule(dtype, rows, keys, width):
+    """Rounded weights do not sum to 1; what dP has in common over a row must not come out of that."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        operands = [
+            x.to(dtype)
+            for x in (3 * torch.randn(1, rows, width), 3 * torch.randn(keys, width), 4 + torch.randn(keys, width))
+        ]
+        upstream = torch.randn(1, rows, width).to(dtype)
+        scale = width**-0.5
+        found = []
+        for exact, function in (
+            (True, lambda q, k, v: torch.softmax(scale * (q @ k.mT), -1) @ v),
+            (False, lambda q, k, v: torch.softmax(scale * (q @ k.mT), -1, dtype=torch.float32).to(dtype) @ v),
+            (False, lambda q, k, v: F.residual_attention(q, k, v, scale=scale)),
+        ):
+            leaves = [(x.double() if exact else x.clone()).requires_grad_() for x in operands]
+            found.append(torch.autograd.grad(function(*leaves), leaves, upstream.double() if exact else upstream))
+        for truth, yardstick, ours in zip(*found, strict=True):
+            assert_close(ours, truth, yardstick, gradient=True)
+
+
+def test_float16_scores_are_scaled_before_they_are_rounded(monkeypatch):
+    monkeypatch.setattr("bda_fused.numerics.has_fast_gemm", lambda dtype, device: True)
+    rows = torch.full((1, 3, 350), 20.0, dtype=torch.float16)  # scores of 140000 before, of 7483 after scaling
+    for bias in (None, torch.zeros(3)):
+        y = F.residual_attention(rows, rows, rows, attn_bias=bias)
+        torch.testing.assert_close(y, rows)
+
+
+def test_float16_gradients_are_scaled_before_they_are_rounded(monkeypatch):
+    """Dropout multiplies dP by 4: where both keys survive, dS is 120000 before and 120 after scaling."""
+    monkeypatch.setattr("bda_fused.numerics.has_fast_gemm", lambda dtype, device: True)
+    torch.manual_seed(0)
+    query = torch.zeros(1, 64, 1, dtype=torch.float16, requires_grad=True)
+    rows = torch.tensor([[1.0], [-1.0]], dtype=torch.float16)
+    upstream = torch.full((1, 64, 1), 6e4, dtype=torch.float16)
+    y = F.residual_attention(query, rows, rows, scale=1e-3, dropout_p=0.75)
+    (grad,) = torch.autograd.grad(y, query, upstream)
+    assert grad.isfinite().all()
+    assert grad.max() == 240
+
+
+def test_operands_without_data():
+    """On the meta device: shapes and dtypes of the results."""
+    visual, attributes = torch.empty(B, L, DK, device="meta"), torch.empty(S, DK, device="meta")
+    y, weights = F.ssa(visual, attributes, attributes, visual, need_weights=True)
+    assert y.shape == visual.shape
+    assert weights.shape == (B, L, S)

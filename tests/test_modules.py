@@ -1,12 +1,17 @@
 """The fused modules against the reference model."""
 
+import copy
 import itertools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
-from bda_fused import modules, plan, reference
+from bda_fused import fold, modules, plan, reference
 from bda_fused.config import BDAConfig
+from bda_fused.memo import is_frozen
 from bda_fused.testing import assert_close
 from tests.parity import assert_same, both, recorded_dropout, replayed_dropout, results, twins
 
@@ -286,8 +291,6 @@ def test_fuse_leaves_subclasses_and_refuses_what_is_no_module():
 
 
 def test_frozen_computes_once_what_no_image_changes(monkeypatch):
-    from bda_fused import fold
-
     _, model = models()
     model.eval()
     feature_map = torch.randn(3, 9, 2, 3, dtype=torch.float64)
@@ -309,7 +312,185 @@ def test_frozen_computes_once_what_no_image_changes(monkeypatch):
     assert not first.requires_grad
     assert not torch.equal(first, third), "a changed parameter was not noticed"
     torch.testing.assert_close(model(feature_map).class_scores, third)
-    assert all(module.__dict__.get("_memo") is None for module in model.modules()), "nothing is kept afterwards"
+    assert not any(is_frozen(module) for module in model.modules()), "nothing is kept afterwards"
+
+
+@pytest.fixture
+def frozen_ssa():
+    """A frozen SSA module that has been called once, its inputs, and a plain twin."""
+    torch.manual_seed(0)
+    natural, fused = (module.eval() for module in twins(SSA, 8))
+    inputs = inputs_for(SSA, 2, 6, 5, 8)
+    with modules.frozen(fused):
+        fused(*inputs)
+        yield fused, natural, inputs
+
+
+def test_frozen_asks_for_the_same_attributes(frozen_ssa):
+    fused, natural, (visual, attributes) = frozen_ssa
+    torch.testing.assert_close(fused(visual, 2 * attributes), natural(visual, 2 * attributes))
+    attributes.mul_(3)
+    torch.testing.assert_close(fused(visual, attributes), natural(visual, attributes))
+
+
+def test_frozen_asks_for_the_same_dtype(frozen_ssa):
+    fused, natural, inputs = frozen_ssa
+    for module in (fused, natural):
+        module.float()
+    inputs = tuple(x.float() for x in inputs)
+    torch.testing.assert_close(fused(*inputs), natural(*inputs), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused(*inputs)
+    torch.testing.assert_close(fused(*inputs), natural(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module.q_proj.weight, "data", 2 * module.q_proj.weight.data),
+        lambda module: setattr(module, "scale", 3 * module.scale),
+        lambda module: setattr(module, "kv_scale", 0.5),
+    ],
+    ids=["data", "scale", "kv_scale"],
+)
+def test_frozen_notices_a_change(frozen_ssa, change):
+    fused, natural, inputs = frozen_ssa
+    change(fused)
+    change(natural)
+    torch.testing.assert_close(fused(*inputs), natural(*inputs))
+
+
+def test_frozen_keeps_nothing_that_is_trained_differentiated_compiled_or_copied(frozen_ssa):
+    fused, natural, inputs = frozen_ssa
+    with torch.enable_grad():
+        for _ in range(2):
+            fused(*inputs).sum().backward()
+    assert fused.v_proj.weight.grad is not None
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), natural(*inputs))
+    duplicate = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
+    duplicate.q_proj.weight.data.mul_(2)
+    assert not is_frozen(duplicate)
+    assert not torch.equal(duplicate(*inputs), fused(*inputs))
+    fused.train()
+    assert not is_frozen(fused)
+
+
+def test_frozen_holds_for_its_own_thread(frozen_ssa):
+    fused, _, _ = frozen_ssa
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(is_frozen, fused).result()
+    assert is_frozen(fused)
+
+
+def test_frozen_nests(frozen_ssa):
+    fused, _, _ = frozen_ssa
+    with modules.frozen(fused):
+        assert is_frozen(fused)
+    assert is_frozen(fused), "the inner context ended the outer one"
+
+
+class Adapted(torch.nn.Linear):
+    """A linear layer that does more than its weight and bias say, as adapters do."""
+
+    def forward(self, x):
+        return 2 * super().forward(x) + x
+
+
+def doubled(module):
+    module.v_proj.register_forward_hook(lambda layer, args, output: 2 * output)
+
+
+def adapted(module):
+    layer = Adapted(8, 8, dtype=torch.float64)
+    layer.load_state_dict(module.q_proj.state_dict())
+    module.q_proj = layer
+
+
+@pytest.mark.parametrize("kind", [SSA, VSA, "AttributeSelfAttention"])
+@pytest.mark.parametrize(
+    "change", [doubled, adapted, lambda module: prune.l1_unstructured(module.k_proj, "weight", 0.5)],
+    ids=["hook", "subclass", "pruned"],
+)  # fmt: skip
+def test_a_projection_that_is_more_than_its_weight_is_called(kind, change):
+    torch.manual_seed(0)
+    natural, fused = twins(kind, 8)
+    inputs = inputs_for(SSA, 2, 6, 5, 8)[1:] if kind == "AttributeSelfAttention" else inputs_for(kind, 2, 6, 5, 8)
+    found = []
+    for module in (natural, fused):
+        change(module)
+        optimiser = torch.optim.SGD(module.parameters(), 0.1)
+        for _ in range(2):
+            optimiser.zero_grad()
+            y = module(*inputs)
+            y.square().mean().backward()
+            optimiser.step()
+        found.append(y)
+    torch.testing.assert_close(*found)
+
+
+def test_a_parametrised_projection_is_folded():
+    torch.manual_seed(0)
+    natural, fused = twins(SSA, 8)
+    for module in (natural, fused):
+        torch.nn.utils.parametrizations.weight_norm(module.q_proj)
+    assert fold.is_plain(fused)
+    inputs = inputs_for(SSA, 2, 6, 5, 8)
+    assert_same(results(fused, inputs), results(natural, inputs))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        (((2, 6, 8), (5, 7)), ValueError, r"must be \(rows, 8\) or \(B, rows, 8\), got shape \(5, 7\)"),
+        (((2, 6, 8), (8,)), ValueError, r"must be \(rows, 8\) or \(B, rows, 8\), got shape \(8,\)"),
+        (
+            ((2, 6, 8), (3, 5, 8)),
+            ValueError,
+            r"must have equal batch sizes, or 1, got shapes \(2, 6, 8\) and \(3, 5, 8\)",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(inputs, error, message):
+    module = twins(SSA, 8)[1]
+    with pytest.raises(error, match=message):
+        module(*(torch.randn(shape, dtype=torch.float64) for shape in inputs))
+
+
+def test_both_inputs_have_the_parameters_dtype():
+    visual, attributes = inputs_for(SSA, 2, 6, 5, 8)
+    for kind in (SSA, VSA):
+        module = twins(kind, 8)[1]
+        for inputs in ((visual.float(), attributes), (visual, attributes.float()), (visual.long(), attributes)):
+            with pytest.raises(TypeError, match=r"must have the parameters' dtype torch\.float64 outside autocast"):
+                module(*inputs)
+        with torch.autocast("cpu"), pytest.raises(TypeError, match="must be floating-point tensors, got torch.int64"):
+            module.float()(visual.float(), attributes.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_shared_rows_and_the_folded_key_bias_stay_in_float32(dtype):
+    """Rounding them early is what breaks the rule: they reach the operator in float32."""
+    _, fused = twins(SSA, 64, dtype)
+    visual, attributes = inputs_for(SSA, 2, 49, 85, 64, dtype=dtype)
+    seen = {}
+    with torch.no_grad():
+        dtypes = fold.Dtypes.of(fused, visual)
+        algebra = fold._Fold(fused, dtypes, map_dropped=False)
+        for scores in ("fold_key", "merge_key"):
+            _, key, seen[scores] = algebra.scores(scores, visual, attributes)
+            assert key.dtype == torch.float32, "rounded once, after the fold"
+    assert {bias.dtype for bias in seen.values()} == {torch.float32}
+
+
+def test_rsa_comes_from_the_meta_device():
+    with torch.device("meta"):
+        module = modules.RegionSelfAttention(8, grid=(2, 3))
+    expected = modules.RegionSelfAttention(8, grid=(2, 3))
+    module = module.to_empty(device="cpu")
+    module.load_state_dict(expected.state_dict())
+    visual = torch.randn(2, 6, 8)
+    torch.testing.assert_close(module(visual), expected(visual))
 
 
 def test_frozen_refusals():

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from bda_fused import functional as F
-from bda_fused import ops
+from bda_fused import modules, ops
 
 B, L, S, DK, DV = 2, 3, 5, 4, 6
 
@@ -77,18 +77,10 @@ def test_opcheck_backward(needs):
 
 
 def test_raw_operators_refuse_a_gradient():
-    query, key, value, residual = operands(requires_grad=True)
-    options = (None, 0.5, 0.0, False)
+    tensors = operands(requires_grad=True)
+    y, *_ = ops.residual_attention(*tensors, None, None, 0.5, 0.0, False, False, False, True, "auto")
     with pytest.raises(RuntimeError, match=r"have no gradient of their own: call bda_fused\.functional"):
-        ops.residual_attention(query, key, value, residual, None, *options, False, False, True, "auto")
-    with torch.no_grad():
-        y, weights, _, lse = ops.residual_attention(
-            query, key, value, residual, None, *options, False, False, True, "auto"
-        )
-    with pytest.raises(RuntimeError, match=r"have no gradient of their own: call bda_fused\.functional"):
-        ops.residual_attention_backward(
-            y, None, None, query, key, value, None, weights, lse, *options, [True, True, True, False], "auto"
-        )
+        y.sum().backward()
 
 
 def test_compiles_to_one_graph_with_one_recompilation_for_any_batch():
@@ -120,6 +112,26 @@ def test_compiles_with_dropout_and_draws_a_new_mask_each_call():
     assert not torch.equal(first, second)
     first.sum().backward()
     assert query.grad.isfinite().all()
+
+
+def test_compiles_inside_a_traced_gradient():
+    """Inside a traced torch.func.grad no operand says that it needs a gradient."""
+    query, key = torch.randn(B, L, DK), torch.randn(S, DK)
+
+    def gradient(query, key):
+        return torch.func.grad(lambda x: F.ssa(x, key, key, x).sin().sum())(query)
+
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key), gradient(query, key))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_and_runs_where_gradients_are_on(strict):
+    module = modules.SemanticSynthesisAttention(DK).eval()
+    visual, attributes = torch.randn(B, L, DK), torch.randn(S, DK)
+    exported = torch.export.export(module, (visual, attributes), strict=strict)
+    for program in (exported, exported.run_decompositions()):
+        torch.testing.assert_close(program.module()(visual, attributes), module(visual, attributes))
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The cost model against counted FLOPs, and the choices that it makes."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,8 +139,22 @@ def test_no_other_plan_is_cheaper_than_the_chosen_one():
         chosen = plan.choose(size, **options)
         out_proj = options.get("out_proj", False)
         scores, values = plan.allowed(out_proj=out_proj, heads=size.heads, kv_dropout=options.get("kv_dropout", False))
-        best = min(Plan(s, v).cost(size, out_proj=out_proj).time("cpu") for s in scores for v in values)
-        assert chosen.cost(size, out_proj=out_proj).time("cpu") == best
+        best = min(Plan(s, v).cost(size, out_proj=out_proj).flops for s in scores for v in values)
+        assert chosen.cost(size, out_proj=out_proj).flops == best
+
+
+def test_bytes_would_change_no_choice():
+    """Though every byte cost as much as 300 FLOPs, which is more than on any GPU of today."""
+    shapes = itertools.product((1, 4, 50), (1, 49, 196), (1, 85, 312), (64, 350, 2048), (False, True), (False, True))
+    for images, queries, keys, dim, queries_shared, keys_shared in shapes:
+        size = Size(images, queries, keys, dim, queries_shared=queries_shared, keys_shared=keys_shared)
+        for out_proj in (False, True):
+            scores, values = plan.allowed(out_proj=out_proj, heads=1, kv_dropout=False)
+            costs = {(s, v): Plan(s, v).cost(size, out_proj=out_proj) for s in scores for v in values}
+            chosen = plan.choose(size, out_proj=out_proj)
+            least = min(cost.flops + 300 * cost.bytes for cost in costs.values())
+            cost = costs[chosen.scores, chosen.values]
+            assert cost.flops + 300 * cost.bytes == least, size
 
 
 def test_force_refuses_what_is_unknown_or_not_exact():

@@ -84,7 +84,11 @@ _default = "auto"
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Inside the context ``auto`` means the backend ``name``, for the modules too; ValueError for an unknown name."""
+    """Inside the context ``auto`` means the backend ``name``, for the modules too and in all threads.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
     _checks.check_options(None, 0.0, False, name, NAMES)
     global _default
     before, _default = _default, name

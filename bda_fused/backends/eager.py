@@ -92,6 +92,10 @@ def backward(
     dtype = gemm_dtype(query.dtype, query.device)
     q, k, v, dy = query.to(dtype), key.to(dtype), value.to(dtype), grad_y.to(dtype)
     p = weights.to(softmax_dtype(weights.dtype))
+    if p.dtype != weights.dtype:
+        # Rounded weights do not sum to 1, and dS would take the difference for a part of dP: in a peaked row that is
+        # larger than dS itself.
+        p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     grad_q, grad_k, grad_v, grad_bias = (query.new_empty(0) for _ in range(4))
 
     mask = None
@@ -140,8 +144,10 @@ def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) ->
     if bias.device.type != "cpu" or (bias.numel() > 0 and bool(bias.amin() == -torch.inf)):
         dead = (bias == -torch.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(dead, 0.0)
-    in_gemm = q.dtype == dtype
-    scores = product(q, k.mT, add=bias, alpha=scale) if in_gemm else product(q, k.mT).to(dtype) * scale + bias
+    if q.dtype == dtype:
+        scores = product(q, k.mT, add=bias, alpha=scale)
+    else:  # scaled before they are rounded, so that float16 does not overflow
+        scores = product(q, k.mT, alpha=scale).to(dtype) + bias
     weights = torch.softmax(scores, -1)
     return weights if dead is None else weights.masked_fill(dead, 0.0)
 
