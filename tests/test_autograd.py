@@ -84,6 +84,22 @@ def test_both_ways_of_computing_the_backward_agree(case):
     assert any(y.requires_grad for y in differentiable)
 
 
+def test_both_ways_of_computing_the_backward_agree_on_masked_rows():
+    """A masked key, and a row without any key left."""
+    torch.manual_seed(0)
+    operands = leaf(B, L, DK), leaf(S, DK), leaf(S, DV)
+    bias = torch.zeros(L, S, dtype=torch.float64)
+    bias[0], bias[1, 2] = -torch.inf, -torch.inf
+    y, weights = F.residual_attention(*operands, attn_bias=bias, need_weights=True)
+    upstream = torch.randn_like(y), torch.randn_like(weights)
+    explicit = torch.autograd.grad((y, weights), operands, upstream, retain_graph=True)
+    differentiable = torch.autograd.grad((y, weights), operands, upstream, create_graph=True)
+    for x, z in zip(explicit, differentiable, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, z)
+    assert not explicit[0][:, 0].any(), "a row that sees nothing asks for nothing"
+
+
 @pytest.mark.parametrize("p", [0.4, 1.0])
 def test_derivatives_through_dropout(p):
     def function(*operands):
