@@ -125,6 +125,34 @@ MUTATIONS = [
         "row >> 32, row & _WORD",
         "test_dropout.py::test_philox_mask_is_the_documented_function_of_row_and_column",
     ),
+    (
+        "a rounded map is not normalised again",
+        "backends/eager.py",
+        "p = p / p.sum(-1, keepdim=True)",
+        "p = p / p.new_ones(())",
+        "test_functional.py::test_gradients_of_peaked_rows_by_the_one_rule",
+    ),
+    (
+        "a residual enters a narrow GEMM",
+        "backends/_gemm.py",
+        "narrow = shape[3] < _NARROW",
+        "narrow = False",
+        "test_functional.py::test_float32_by_the_one_rule_at_any_width",
+    ),
+    (
+        "a fold of other attributes is taken for this one",
+        "memo.py",
+        "all(a is b for a, b in zip(then, tensors, strict=True))",
+        "True",
+        "test_modules.py::test_frozen_asks_for_the_same_attributes",
+    ),
+    (
+        "a hook on a projection is ignored",
+        "fold.py",
+        "and not (projection._forward_hooks or projection._forward_pre_hooks)",
+        "",
+        "test_modules.py::test_a_projection_that_is_more_than_its_weight_is_called",
+    ),
 ]
 
 
