@@ -65,7 +65,7 @@ MUTATIONS = [
     (
         "a stale fold survives a change of the weights",
         "memo.py",
-        "if same and versions == versions_then:",
+        "if same and states == states_then:",
         "if same:",
         "test_modules.py::test_frozen_computes_once_what_no_image_changes",
     ),
