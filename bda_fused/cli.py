@@ -41,16 +41,22 @@ class Refusal(typer.TyperException):
     exit_code = 2
 
 
+_INPUT_ERRORS = (ValueError, TypeError, OSError)
+
+
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Turn what is wrong with the user's input into a refusal; anything else is a defect and keeps its traceback."""
+def _refusing(kinds: type[Exception] | tuple[type[Exception], ...] = _INPUT_ERRORS) -> Iterator[None]:
+    """Turn what is wrong with the user's input into a refusal; anything else is a defect and keeps its traceback.
+
+    The kinds are all that wrong input leads to; a block that does more than check its input names fewer.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA_MODULES:
             raise
         raise Refusal(_INSTALL_EXTRA.format(error.name)) from error
-    except (ValueError, TypeError, OSError) as error:
+    except kinds as error:
         raise Refusal(str(error)) from error
 
 
@@ -113,16 +119,16 @@ def train(
         threads=threads,
     )
     with _refusing():
-        from bda_fused.zsl.output import check_output
+        from bda_fused.zsl.output import OutputError
         from bda_fused.zsl.settings import make_settings
 
         settings = make_settings(given, config)
         from bda_fused.zsl.models import running_backend
-        from bda_fused.zsl.run import METRICS, train_run
+        from bda_fused.zsl.run import train_run
 
-        check_output(out, overwrite=overwrite, marker=METRICS)
         running_backend(settings)
-    metrics = train_run(settings, out, overwrite=overwrite)
+    with _refusing(OutputError):
+        metrics = train_run(settings, out, overwrite=overwrite)
     print(_summary(metrics))
     print(f"{out}: model, metrics and pictures, made in {metrics['wall_seconds']:.1f} s")
 
@@ -173,13 +179,13 @@ def explain(
         indices = _numbers("images", images or "")
         from bda_fused import backends
         from bda_fused.zsl.explain import choose_images
-        from bda_fused.zsl.output import check_output
+        from bda_fused.zsl.output import OutputError, check_output
         from bda_fused.zsl.run import MAPS, explain_run, load_run
 
         check_output(target, overwrite=overwrite, marker=MAPS)
         loaded = load_run(run, **_given(backend=backend, device=device, threads=threads))
         chosen = choose_images(loaded.dataset, indices, _names(classes or ""))
-    with backends.use(loaded.settings.backend):
+    with backends.use(loaded.settings.backend), _refusing(OutputError):
         explain_run(loaded, chosen, target, overwrite=overwrite)
     print(f"{target}: maps of {len(chosen)} test images")
 

@@ -59,6 +59,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if results:
         env = run.environment(Measured.device)
         terminalreporter.section("time of every rival over ours")
-        terminalreporter.write_line(
-            command.publish(results, env, rounds=f"{Measured.rounds} rounds in a row", out=config.getoption("report"))
-        )
+        with command.output(config.getoption("report")) as folder:
+            text = command.publish(results, env, rounds=f"{Measured.rounds} rounds in a row", folder=folder)
+        terminalreporter.write_line(text)

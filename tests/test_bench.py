@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bda_fused.flops  # noqa: F401, what it registers is used
 from bda_fused.bench import cases, command, report, run
 from bda_fused.bench.cases import RIVALS, Case, Contest
+from bda_fused.zsl.output import OutputError
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("tiny", 8, 6, 2, "forward+backward")
@@ -113,8 +114,17 @@ def test_refusals(options, message):
 def test_a_directory_in_use_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("x")
     monkeypatch.setattr(run, "measure_all", None)
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(OutputError, match="is not empty"):
         command.bench(out=tmp_path)
+    with pytest.raises(OutputError, match="out cannot be made, as .*/mine is a file"):
+        command.bench(out=tmp_path / "mine" / "out")
+
+
+def test_a_measurement_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "measure_all", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.bench(out=tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pytest_benchmark_session_draws_the_same_report(tmp_path):

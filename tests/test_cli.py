@@ -98,6 +98,23 @@ def test_a_directory_in_use_is_refused(tmp_path, capsys):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("parent", ["file", "/proc"])
+def test_an_output_that_cannot_be_made_is_refused_before_the_work(parent, trained, tmp_path, monkeypatch, capsys):
+    """In a file, which a look at the path tells, and where only the system can say so."""
+    from bda_fused.bench import run as bench
+    from bda_fused.zsl import run
+
+    (tmp_path / "file").write_text("")
+    out = tmp_path / parent / "new" / "out"
+    for module, work in ((run, "train"), (run, "explain"), (bench, "measure_all")):
+        monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("it has begun to work"))
+    for arguments in (("train",), ("explain", trained), ("bench",)):
+        code, _, stderr = command(*arguments, "--out", out, capsys=capsys)
+        assert code == 2
+        assert stderr.startswith(f"bda-fused: {out} cannot be made")
+        assert stderr.count("\n") == 1
+
+
 def test_eval_repeats_the_metrics_and_explain_writes_maps(trained, tmp_path, capsys):
     code, stdout, _ = command("eval", trained, capsys=capsys)
     assert code == 0

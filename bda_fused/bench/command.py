@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from bda_fused.bench import report, run
 from bda_fused.bench.cases import ATTRIBUTES, DIMS, IMAGES, PASSES, REGIONS, RIVALS, cases
-from bda_fused.zsl.output import check_output, new_directory
+from bda_fused.zsl.output import new_directory
 
 DATA = "bench.json"
 
@@ -31,7 +32,8 @@ def bench(
     """Measure the chosen cases and return their table; with ``out`` write it there with the data and a plot.
 
     Raises:
-        ValueError: an unknown name, a number below 1, or an output directory that is in use.
+        OutputError: the output directory is refused, before anything is measured.
+        ValueError: an unknown name, or a number below 1.
     """
     for name, given, known in (("dataset", datasets, ATTRIBUTES), ("pass", passes, PASSES), ("rival", rivals, RIVALS)):
         for value in given:
@@ -41,33 +43,30 @@ def bench(
     for name, values in numbers.items():
         if not values or min(values) < 1:
             raise ValueError(f"{name} must be at least 1, got {values}")
-    if out is not None:
-        check_output(out, overwrite=overwrite, marker=DATA)
     contestants = tuple(name for name in RIVALS if name in {*rivals, "natural", "ours"})
     torch.set_num_threads(threads)
     env = run.environment(device)
-    results = run.measure_all(
-        cases(datasets, dims, regions, images, passes),
-        rivals=contestants,
-        rounds=rounds,
-        device=device,
-        done=lambda result: print(report.line(result), flush=True),
-    )
-    return publish(results, env, rounds=f"{rounds} interleaved rounds", out=out, overwrite=overwrite)
+    with output(out, overwrite=overwrite) as folder:
+        results = run.measure_all(
+            cases(datasets, dims, regions, images, passes),
+            rivals=contestants,
+            rounds=rounds,
+            device=device,
+            done=lambda result: print(report.line(result), flush=True),
+        )
+        return publish(results, env, rounds=f"{rounds} interleaved rounds", folder=folder)
 
 
-def publish(
-    results: list[run.Result], env: dict[str, Any], *, rounds: str, out: Path | None = None, overwrite: bool = False
-) -> str:
-    """The table with its heading and summary; with ``out`` written there beside the data and a plot.
+def output(out: Path | None, *, overwrite: bool = False) -> AbstractContextManager[Path | None]:
+    """The directory to write into on the way to ``out``; None without one. OutputError as ``new_directory`` says."""
+    return nullcontext() if out is None else new_directory(out, overwrite=overwrite, marker=DATA)
 
-    Raises:
-        ValueError: an output directory that is in use.
-    """
+
+def publish(results: list[run.Result], env: dict[str, Any], *, rounds: str, folder: Path | None = None) -> str:
+    """The table with its heading and summary; with ``folder`` written there beside the data and a plot."""
     text = f"{report.heading(env, rounds)}\n\n{report.table(results)}\n\n{report.summary(results)}\n"
-    if out is not None:
-        with new_directory(out, overwrite=overwrite, marker=DATA) as folder:
-            run.write(results, folder / DATA, env)
-            (folder / "bench.md").write_text(text)
-            report.plot(results, folder / "bench.png", env)
+    if folder is not None:
+        run.write(results, folder / DATA, env)
+        (folder / "bench.md").write_text(text)
+        report.plot(results, folder / "bench.png", env)
     return text

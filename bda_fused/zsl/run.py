@@ -25,7 +25,7 @@ from bda_fused.zsl.checkpoint import load_weights, save_weights
 from bda_fused.zsl.data import Split, TwoDigits, make_two_digits
 from bda_fused.zsl.explain import DEFAULT_IMAGES, explain, mass_in_own_half, spread
 from bda_fused.zsl.models import build_model, running_backend
-from bda_fused.zsl.output import check_output, new_directory
+from bda_fused.zsl.output import new_directory
 from bda_fused.zsl.settings import Settings, make_settings
 from bda_fused.zsl.training import LOSS_NAMES, EpochRecord, train
 
@@ -59,16 +59,16 @@ def train_run(settings: Settings, path: Path, *, overwrite: bool = False, progre
         training loop, the settings, the thread count that ran and the versions of what it ran on.
 
     Raises:
-        ValueError: the directory or the device is refused, before anything is written.
+        OutputError: the directory is refused, before any work is done.
+        ValueError: the device or the backend is refused, before anything is written.
     """
     start = time.perf_counter()
-    check_output(path, overwrite=overwrite, marker=METRICS)
     backend = running_backend(settings)
-    dataset, model = _prepare(settings, None)
     with (
         backends.use(backend),
         new_directory(path, overwrite=overwrite, marker=METRICS) as directory,
     ):
+        dataset, model = _prepare(settings, None)
         _write_json(directory / CONFIG, {"training": asdict(settings), "model": model.config.to_dict()})
         with (directory / LOG).open("w") as log:
             print(log_header(), file=log)
@@ -129,9 +129,13 @@ def load_run(path: Path, **overrides: Any) -> Run:
 
 
 def explain_run(run: Run, split: Split, path: Path, *, overwrite: bool = False) -> None:
-    """Write the maps of some images to a directory: a picture, maps.png, and every array of `Explanation`, maps.npz."""
-    explanation = explain(run.model, run.dataset, split)
+    """Write the maps of some images to a directory: a picture, maps.png, and every array of `Explanation`, maps.npz.
+
+    Raises:
+        OutputError: the directory is refused, before any work is done.
+    """
     with new_directory(path, overwrite=overwrite, marker=MAPS) as directory:
+        explanation = explain(run.model, run.dataset, split)
         explanation.save(directory / MAPS)
         pictures.draw_attribute_maps(explanation, "Where attributes look", directory / "maps.png")
 
