@@ -138,8 +138,9 @@ class BDAConfig:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("grid", "stem_channels"):  # a list is what JSON makes of a tuple
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("grid", "stem_channels"):
+            if isinstance(getattr(self, name), list):  # what JSON makes of a tuple
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for field in fields(self):
             self._check(field.name, str(field.type), getattr(self, field.name))
         if self.dim % self.num_heads:

@@ -103,6 +103,8 @@ def test_command_writes_table_data_and_plot(tmp_path, capsys):
         ({"passes": ("backward",)}, r"pass must be one of forward, forward\+backward, got 'backward'"),
         ({"rivals": ("flash",)}, "rival must be one of natural, sdpa, compiled, algebra, ours, got 'flash'"),
         ({"rounds": 0}, "rounds must be at least 1, got"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 1025}, "threads must be at most 1024, got 1025"),
         ({"images": ()}, "images must be at least 1, got"),
     ],
 )

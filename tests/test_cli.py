@@ -39,6 +39,16 @@ def trained(tmp_path_factory):
         (("train", "--out", "OUT", "--epochs", "0"), "epochs must be at least 1, got 0"),
         (("train", "--out", "OUT", "--lr", "-1"), "lr must lie between 0 and 1, got -1.0"),
         (("train", "--out", "OUT", "--seed", "-3"), "seed must be at least 0, got -3"),
+        (
+            ("train", "--out", "OUT", "--seed", "99999999999999999999"),
+            "seed must be at most 9223372036854775807, got 9",
+        ),
+        (("train", "--out", "OUT", "--batch-size", "3201"), "batch_size must be at most the 3200 training images"),
+        (
+            ("train", "--out", "OUT", "--validation", "--batch-size", "2401"),
+            "batch_size must be at most the 2400 training images, got 2401",
+        ),
+        (("train", "--out", "OUT", "--threads", "100000"), "threads must be at most 1024, got 100000"),
         (("train", "--out", "OUT", "--model", "huge"), "huge"),
         (("train", "--out", "OUT", "--order", "both"), "both"),
         (("train", "--out", "OUT", "--backend", "cudnn"), "backend must be one of auto, cuda, triton, cpu, eager"),
@@ -52,6 +62,7 @@ def trained(tmp_path_factory):
         (("eval", "absent"), "there is no run directory absent"),
         (("explain", "absent"), "there is no run directory absent"),
         (("bench", "--datasets", "FLO"), "dataset must be one of AWA2, SUN, CUB, got 'FLO'"),
+        (("bench", "--threads", "100000"), "threads must be at most 1024, got 100000"),
         (("bench", "--dims", "wide"), "--dims must be whole numbers separated by commas, got 'wide'"),
         (("dance",), "dance"),
     ],
@@ -73,6 +84,9 @@ def test_refusals(arguments, message, tmp_path, monkeypatch, capsys):
     [
         ('{"epochs": "ten"}', "epochs must be an integer"),
         ('{"ssa": "False"}', "ssa must be true or false"),
+        ('{"seed": 99999999999999999999}', "seed must be at most 9223372036854775807"),
+        ('{"training": [1]}', "training must hold a mapping of settings, got [1]"),
+        ('{"bda": {"stem_channels": 5}}', "stem_channels must be 3 integers, got 5"),
         ('{"speed": 1}', "there is no setting 'speed'"),
         ('{"bda": {"dropout": 3}}', "dropout must be in [0, 1], got 3"),
         ("[1, 2]", "mapping"),
@@ -155,6 +169,7 @@ def edit(run, section, **values):
             r"class_attributes must be (num_classes, num_attributes) = (80, 20)",
         ),
         (lambda run: edit(run, "training", epochs=0), "config.json: epochs must be at least 1, got 0"),
+        (lambda run: edit(run, "model", grid=None), "config.json: grid must be 2 integers, got None"),
         (lambda run: edit(run, "model", depth=2), "config.json: unknown field 'depth'"),
     ],
     ids=[
@@ -166,6 +181,7 @@ def edit(run, section, **values):
         "other dims",
         "other classes",
         "other settings",
+        "no grid",
         "other model",
     ],
 )

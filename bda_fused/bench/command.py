@@ -11,6 +11,7 @@ import torch
 from bda_fused.bench import report, run
 from bda_fused.bench.cases import ATTRIBUTES, DIMS, IMAGES, PASSES, REGIONS, RIVALS, cases
 from bda_fused.zsl.output import new_directory
+from bda_fused.zsl.settings import check_threads
 
 DATA = "bench.json"
 
@@ -33,16 +34,17 @@ def bench(
 
     Raises:
         OutputError: the output directory is refused, before anything is measured.
-        ValueError: an unknown name, or a number below 1.
+        ValueError: an unknown name, or a number out of range.
     """
     for name, given, known in (("dataset", datasets, ATTRIBUTES), ("pass", passes, PASSES), ("rival", rivals, RIVALS)):
         for value in given:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    numbers = {"dims": dims, "regions": regions, "images": images, "rounds": (rounds,), "threads": (threads,)}
+    numbers = {"dims": dims, "regions": regions, "images": images, "rounds": (rounds,)}
     for name, values in numbers.items():
         if not values or min(values) < 1:
             raise ValueError(f"{name} must be at least 1, got {values}")
+    check_threads(threads)
     contestants = tuple(name for name in RIVALS if name in {*rivals, "natural", "ours"})
     torch.set_num_threads(threads)
     env = run.environment(device)

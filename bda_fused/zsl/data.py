@@ -22,6 +22,7 @@ ATTRIBUTE_NAMES = tuple(f"{side} is {digit}" for side in ("left", "right") for d
 
 _TRAIN_SOURCES = 1200  # of the 1797 source digits; the other 597 draw the test images
 _VALIDATION_SOURCES = 400  # of those 1200, set aside when a validation split is asked for
+_SEEN_CLASSES, _VALIDATION_SEEN_CLASSES = 80, 60
 _TRAIN_PER_CLASS, _TEST_SEEN_PER_CLASS, _TEST_UNSEEN_PER_CLASS = 40, 10, 30
 
 
@@ -61,6 +62,11 @@ class TwoDigits:
     unseen: Tensor
     class_names: tuple[str, ...]
     attribute_names: tuple[str, ...] = ATTRIBUTE_NAMES
+
+
+def training_size(*, validation: bool) -> int:
+    """How many training images `make_two_digits` draws."""
+    return _TRAIN_PER_CLASS * (_VALIDATION_SEEN_CLASSES if validation else _SEEN_CLASSES)
 
 
 def make_two_digits(seed: int, *, validation: bool = False) -> TwoDigits:

@@ -1,4 +1,4 @@
-"""What a training run can be told, from presets, a file and the command line; needs no torch."""
+"""What a training run can be told, from presets, a file and the command line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from bda_fused.config import BDAConfig
+from bda_fused.zsl.data import training_size
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model": ("demo", "full"),
     "order": ("ssa-vsa", "vsa-ssa"),
     "backend": ("auto", "cuda", "triton", "cpu", "eager"),
 }
+_MAX_THREADS = 1024  # more than any machine has CPUs; far beyond it the system refuses them one by one
+_MAX_SEED = 2**63 - 1
 
 # What the images, the attributes and the losses ask for whichever model is chosen.
 _SHARED: dict[str, Any] = {
@@ -60,9 +63,9 @@ class Settings:
 
     Attributes:
         model: "demo", the small model, or "full", every block of the released one.
-        seed: decides the data, the initial weights, the batches and the dropout.
+        seed: decides the data, the initial weights, the batches and the dropout; at most 2**63 - 1.
         epochs: passes over the training images.
-        batch_size: images per step.
+        batch_size: images per step; at most the training images of the split.
         lr: peak of the one-cycle learning rate.
         weight_decay: AdamW's decoupled weight decay.
         order: which attention runs first.
@@ -70,7 +73,7 @@ class Settings:
         validation: train and measure on the validation split instead of the test split.
         backend: what computes the attention.
         device: a torch device.
-        threads: CPU threads, or None for torch's own choice.
+        threads: CPU threads, at most 1024, or None for torch's own choice.
         bda: fields of `BDAConfig` that are to differ from the preset.
 
     Raises:
@@ -98,11 +101,14 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("ssa", "validation"):
             _check_type(name, getattr(self, name), bool, "true or false")
-        for name in ("seed", "epochs", "batch_size") + (() if self.threads is None else ("threads",)):
-            _check_type(name, getattr(self, name), int, "an integer")
-            lowest = 0 if name == "seed" else 1
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        _check_integer("seed", self.seed, 0, _MAX_SEED)
+        _check_integer("epochs", self.epochs, 1)
+        _check_integer("batch_size", self.batch_size, 1)
+        images = training_size(validation=self.validation)
+        if self.batch_size > images:
+            raise ValueError(f"batch_size must be at most the {images} training images, got {self.batch_size}")
+        if self.threads is not None:
+            check_threads(self.threads)
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             _check_type(name, value, (int, float), "a number")
@@ -173,10 +179,25 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a mapping of settings, got {type(content).__name__}")
     content = content.get("training", content)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: training must hold a mapping of settings, got {content!r}")
     return {
         str(name): value["value"] if isinstance(value, dict) and "value" in value else value
         for name, value in content.items()
     }
+
+
+def check_threads(threads: int) -> None:
+    """TypeError or ValueError for a number of CPU threads that is no integer from 1 to 1024."""
+    _check_integer("threads", threads, 1, _MAX_THREADS)
+
+
+def _check_integer(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    _check_type(name, value, int, "an integer")
+    if value < lowest:
+        raise ValueError(f"{name} must be at least {lowest}, got {value}")
+    if highest is not None and value > highest:
+        raise ValueError(f"{name} must be at most {highest}, got {value}")
 
 
 def _check_type(name: str, value: object, kind: type | tuple[type, ...], words: str) -> None:

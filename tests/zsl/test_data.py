@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bda_fused.zsl.data import ATTRIBUTE_NAMES, TwoDigits, make_two_digits
+from bda_fused.zsl.data import ATTRIBUTE_NAMES, TwoDigits, make_two_digits, training_size
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["test", "validation"])
@@ -41,6 +41,11 @@ def test_counts(dataset):
         values, counts = split.labels.unique(return_counts=True)
         assert values.equal(classes) and (counts == per_class).all()
         assert split.images.min() == 0 and split.images.max() == 1
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_the_number_of_training_images_is_known_before_they_are_drawn(validation):
+    assert training_size(validation=validation) == len(make_two_digits(0, validation=validation).train)
 
 
 def test_every_digit_is_unseen_twice_on_each_side(both):

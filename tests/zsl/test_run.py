@@ -105,9 +105,9 @@ def test_training_leaves_torchs_generator_as_it_was():
 
 
 def test_a_batch_larger_than_the_training_split_is_refused():
-    dataset = make_two_digits(0)
-    settings = make_settings({"batch_size": 4000})
-    with pytest.raises(ValueError, match="batch_size must be at most the 3200 training images, got 4000"):
+    dataset = make_two_digits(0, validation=True)
+    settings = make_settings({"batch_size": 3000})
+    with pytest.raises(ValueError, match="batch_size must be at most the 2400 training images, got 3000"):
         train(build_model(settings, dataset), dataset, settings, progress=False)
 
 

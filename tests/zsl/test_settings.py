@@ -51,6 +51,14 @@ def test_ablations_and_bda_fields_reach_the_model():
         ({"model": "large"}, ValueError, "model must be one of demo, full, got 'large'"),
         ({"model": ["demo"]}, ValueError, "model must be one of demo, full, got ['demo']"),
         ({"seed": True}, TypeError, "seed must be an integer, got True"),
+        ({"seed": 2**63}, ValueError, "seed must be at most 9223372036854775807, got 9223372036854775808"),
+        ({"batch_size": 3201}, ValueError, "batch_size must be at most the 3200 training images, got 3201"),
+        (
+            {"batch_size": 2401, "validation": True},
+            ValueError,
+            "batch_size must be at most the 2400 training images, got 2401",
+        ),
+        ({"threads": 1025}, ValueError, "threads must be at most 1024, got 1025"),
         ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
         ({"batch_size": 6.4}, TypeError, "batch_size must be an integer, got 6.4"),
         ({"lr": 0}, ValueError, "lr must lie between 0 and 1, got 0"),
@@ -60,6 +68,7 @@ def test_ablations_and_bda_fields_reach_the_model():
         ({"validation": 1}, TypeError, "validation must be true or false, got 1"),
         ({"device": None}, TypeError, "device must be a string, got None"),
         ({"bda": [1]}, TypeError, "bda must be a mapping of BDAConfig fields, got [1]"),
+        ({"bda": {"stem_channels": 5}}, TypeError, "stem_channels must be 3 integers, got 5"),
         ({"bda": {"depth": 2}}, ValueError, "unknown field 'depth' of BDAConfig"),
         ({"bda": {"grid": [14, 14]}}, ValueError, "bda must leave grid to the data set, got [14, 14]"),
         (
@@ -84,6 +93,7 @@ def test_wrong_values_are_refused_in_one_sentence(given, error, message):
         ("config.json", "{", "config.json is not valid JSON"),
         ("config.yaml", "a: [1, ", "config.yaml is not valid YAML"),
         ("config.yaml", "- 1", "must hold a mapping of settings, got list"),
+        ("config.json", '{"training": [1]}', "config.json: training must hold a mapping of settings, got [1]"),
         ("config.toml", "a = 1", "a configuration file ends in .json, .yaml or .yml"),
     ],
 )
