@@ -105,6 +105,7 @@ def test_command_writes_table_data_and_plot(tmp_path, capsys):
         ({"rounds": 0}, "rounds must be at least 1, got"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"threads": 1025}, "threads must be at most 1024, got 1025"),
+        ({"device": "meta"}, "device must be one that torch can train on here, got 'meta'"),
         ({"images": ()}, "images must be at least 1, got"),
     ],
 )

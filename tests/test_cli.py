@@ -56,7 +56,11 @@ def trained(tmp_path_factory):
             ("train", "--out", "OUT", "--backend", "triton"),
             "backend 'triton' cannot run here: the triton backend takes CUDA",
         ),
-        (("train", "--out", "OUT", "--device", "tpu"), "device must be one that torch has here, got 'tpu'"),
+        *(
+            ((*work, "--device", device), f"device must be one that torch can train on here, got '{device}'")
+            for work in (("train", "--out", "OUT"), ("bench", "--out", "OUT"))
+            for device in ("tpu", "meta", "hpu", "cuda:99")
+        ),
         (("train", "--out", "OUT", "--config", "absent.json"), "absent.json"),
         (("train", "--out", "OUT", "--frobnicate"), "--frobnicate"),
         (("eval", "absent"), "there is no run directory absent"),

@@ -10,6 +10,7 @@ import torch
 
 from bda_fused.bench import report, run
 from bda_fused.bench.cases import ATTRIBUTES, DIMS, IMAGES, PASSES, REGIONS, RIVALS, cases
+from bda_fused.zsl.models import check_device
 from bda_fused.zsl.output import new_directory
 from bda_fused.zsl.settings import check_threads
 
@@ -34,7 +35,7 @@ def bench(
 
     Raises:
         OutputError: the output directory is refused, before anything is measured.
-        ValueError: an unknown name, or a number out of range.
+        ValueError: an unknown name, a number out of range, or a device that torch cannot train on here.
     """
     for name, given, known in (("dataset", datasets, ATTRIBUTES), ("pass", passes, PASSES), ("rival", rivals, RIVALS)):
         for value in given:
@@ -45,6 +46,7 @@ def bench(
         if not values or min(values) < 1:
             raise ValueError(f"{name} must be at least 1, got {values}")
     check_threads(threads)
+    check_device(device)
     contestants = tuple(name for name in RIVALS if name in {*rivals, "natural", "ours"})
     torch.set_num_threads(threads)
     env = run.environment(device)

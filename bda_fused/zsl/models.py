@@ -11,17 +11,29 @@ from bda_fused.zsl.data import TwoDigits
 from bda_fused.zsl.settings import Settings
 
 
+def check_device(device: str) -> None:
+    """Train a number on the device and read it back.
+
+    Raises:
+        ValueError: torch does not have the device here, or has it for other uses, such as "meta".
+    """
+    try:
+        number = torch.ones((), device=device, requires_grad=True)
+        (number * number).backward()
+        number.detach().item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # whatever torch says of a device it lacks
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch can train on here, got {device!r}: {reason}") from error
+
+
 def running_backend(settings: Settings) -> str:
     """The attention backend that the settings lead to on their device.
 
     Raises:
-        ValueError: torch does not have the device here, or the backend that is named cannot run on it.
+        ValueError: the device is not one to train on, or the backend that is named cannot run on it.
     """
-    try:
-        rows = torch.zeros(1, 1, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be one that torch has here, got {settings.device!r}: {reason}") from error
+    check_device(settings.device)
+    rows = torch.zeros(1, 1, device=settings.device)
     explanation = backends.explain(rows, rows, rows, backend=settings.backend)
     if explanation.backend is None:
         raise ValueError(f"backend {settings.backend!r} cannot run here: {explanation.refused[settings.backend]}")
