@@ -176,7 +176,8 @@ def explain(
     """Write the attention maps of chosen test images as a picture and as an array; default: six unseen classes."""
     target = run / "explain" if out is None else out
     with _refusing():
-        indices = _numbers("images", images or "")
+        indices = () if images is None else _numbers("images", images)
+        names = () if classes is None else _names("classes", classes)
         from bda_fused import backends
         from bda_fused.zsl.explain import choose_images
         from bda_fused.zsl.output import OutputError, check_output
@@ -184,7 +185,7 @@ def explain(
 
         check_output(target, overwrite=overwrite, marker=MAPS)
         loaded = load_run(run, **_given(backend=backend, device=device, threads=threads))
-        chosen = choose_images(loaded.dataset, indices, _names(classes or ""))
+        chosen = choose_images(loaded.dataset, indices, names)
     with backends.use(loaded.settings.backend), _refusing(OutputError):
         explain_run(loaded, chosen, target, overwrite=overwrite)
     print(f"{target}: maps of {len(chosen)} test images")
@@ -213,12 +214,12 @@ def bench(
         from bda_fused.bench import command
 
         text = command.bench(
-            datasets=_names(datasets),
+            datasets=_names("datasets", datasets),
             dims=_numbers("dims", dims),
             regions=_numbers("regions", regions),
             images=_numbers("images", images),
-            passes=_names(passes),
-            rivals=_names(rivals),
+            passes=_names("passes", passes),
+            rivals=_split(rivals),
             rounds=rounds,
             threads=threads,
             device=device,
@@ -236,13 +237,21 @@ def info() -> None:
     print(info.report())
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _split(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _names(option: str, text: str) -> tuple[str, ...]:
+    names = _split(text)
+    if not names:
+        raise ValueError(f"--{option} must name at least one, got {text!r}")
+    return names
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
+    names = _names(option, text)
     try:
-        return tuple(int(number) for number in _names(text))
+        return tuple(int(name) for name in names)
     except ValueError:
         raise ValueError(f"--{option} must be whole numbers separated by commas, got {text!r}") from None
 

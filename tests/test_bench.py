@@ -100,6 +100,8 @@ def test_command_writes_table_data_and_plot(tmp_path, capsys):
     ("options", "message"),
     [
         ({"datasets": ("FLO",)}, "dataset must be one of AWA2, SUN, CUB, tiny, got 'FLO'"),
+        ({"datasets": ()}, "datasets must name at least one, got none"),
+        ({"passes": ()}, "passes must name at least one, got none"),
         ({"passes": ("backward",)}, r"pass must be one of forward, forward\+backward, got 'backward'"),
         ({"rivals": ("flash",)}, "rival must be one of natural, sdpa, compiled, algebra, ours, got 'flash'"),
         ({"rounds": 0}, "rounds must be at least 1, got"),
@@ -112,6 +114,11 @@ def test_command_writes_table_data_and_plot(tmp_path, capsys):
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         command.bench(**options)
+
+
+def test_without_rivals_natural_and_ours_are_measured():
+    text = command.bench(datasets=("tiny",), dims=(8,), regions=(6,), images=(2,), rivals=(), rounds=1)
+    assert "| case | ours, ms | natural | peak MB, ours (natural) |" in text
 
 
 def test_a_directory_in_use_is_refused_before_anything_is_measured(tmp_path, monkeypatch):

@@ -67,6 +67,10 @@ def trained(tmp_path_factory):
         (("explain", "absent"), "there is no run directory absent"),
         (("bench", "--datasets", "FLO"), "dataset must be one of AWA2, SUN, CUB, got 'FLO'"),
         (("bench", "--threads", "100000"), "threads must be at most 1024, got 100000"),
+        *(
+            (("bench", f"--{option}", ","), f"--{option} must name at least one, got ','")
+            for option in ("datasets", "dims", "regions", "images", "passes")
+        ),
         (("bench", "--dims", "wide"), "--dims must be whole numbers separated by commas, got 'wide'"),
         (("dance",), "dance"),
     ],
@@ -199,11 +203,21 @@ def test_a_spoiled_run_is_refused_in_one_sentence(spoil, message, trained, tmp_p
     assert stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("option", "value"), [("--images", "5000"), ("--images", "one"), ("--classes", "123")])
+def test_a_wrong_option_is_not_blamed_on_the_run(trained, capsys):
+    code, _, stderr = command("eval", trained, "--threads", "-3", capsys=capsys)
+    assert code == 2
+    assert stderr == "bda-fused: threads must be at least 1, got -3\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--images", "5000"), ("--images", "one"), ("--images", ","), ("--classes", "123"), ("--classes", ",")],
+)
 def test_explain_refuses_images_that_are_not_there(option, value, trained, tmp_path, capsys):
     code, _, stderr = command("explain", trained, option, value, "--out", tmp_path / "maps", capsys=capsys)
     assert code == 2
-    assert value.strip() in stderr
+    assert value in stderr
+    assert stderr.count("\n") == 1
     assert not (tmp_path / "maps").exists()
 
 

@@ -37,6 +37,9 @@ def bench(
         OutputError: the output directory is refused, before anything is measured.
         ValueError: an unknown name, a number out of range, or a device that torch cannot train on here.
     """
+    for name, some in (("datasets", datasets), ("passes", passes)):
+        if not some:
+            raise ValueError(f"{name} must name at least one, got none")
     for name, given, known in (("dataset", datasets, ATTRIBUTES), ("pass", passes, PASSES), ("rival", rivals, RIVALS)):
         for value in given:
             if value not in known:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ def load_run(path: Path, **overrides: Any) -> Run:
 
     Raises:
         FileNotFoundError: the directory, or a file of it, is missing.
-        TypeError, ValueError: a file is not what it should be, or the weights do not fit the configuration.
+        TypeError, ValueError: a file is not what it should be, the weights do not fit the configuration, or an override
+            is wrong.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run directory {path}")
@@ -117,10 +118,11 @@ def load_run(path: Path, **overrides: Any) -> Run:
     if not (isinstance(config.get("training"), dict) and isinstance(config.get("model"), dict)):
         raise ValueError(f"{path / CONFIG} must hold the entries training and model, got {', '.join(config) or 'none'}")
     try:
-        settings = make_settings({**config["training"], **overrides})
+        settings = make_settings(config["training"])
         model_config = BDAConfig.from_dict(config["model"])
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path / CONFIG}: {error}") from error
+    settings = replace(settings, **overrides)
     running_backend(settings)
     metrics = _read_json(path / METRICS)
     dataset, model = _prepare(settings, model_config)
