@@ -1,15 +1,18 @@
 """The `bda-fused` command: train, eval, explain, bench and info.
 
-A request that cannot be met is refused in one sentence on stderr with exit code 2, before anything is written.
+A request that cannot be met is refused in one sentence on stderr with exit code 2, before anything is written. Work
+that is begun and comes to nothing ends in one sentence too, and leaves nothing behind: training that diverges with exit
+code 1, Ctrl-C and SIGTERM with the codes of shells.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 _EXTRA_MODULES = {"matplotlib", "safetensors", "sklearn", "tqdm", "typer", "yaml"}
 _INSTALL_EXTRA = "the module {} is missing; install the [zsl] extra: pip install 'bda_fused[zsl]'"
@@ -21,6 +24,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from error
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C, as shells do
+_TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     help="Bi-directional attention for zero-shot learning: train, evaluate, explain, measure.",
@@ -39,6 +43,16 @@ class Refusal(typer.TyperException):
     """A request that cannot be met, with the sentence that says why."""
 
     exit_code = 2
+
+
+class Failure(typer.TyperException):
+    """Work that came to nothing, with the sentence that says why."""
+
+    exit_code = 1
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised wherever the command is; no Exception, so that nothing but cleaning up stops it."""
 
 
 _INPUT_ERRORS = (ValueError, TypeError, OSError)
@@ -125,10 +139,14 @@ def train(
         settings = make_settings(given, config)
         from bda_fused.zsl.models import running_backend
         from bda_fused.zsl.run import train_run
+        from bda_fused.zsl.training import DivergedError
 
         running_backend(settings)
-    with _refusing(OutputError):
-        metrics = train_run(settings, out, overwrite=overwrite)
+    try:
+        with _refusing(OutputError):
+            metrics = train_run(settings, out, overwrite=overwrite)
+    except DivergedError as error:
+        raise Failure(str(error)) from error
     print(_summary(metrics))
     print(f"{out}: model, metrics and pictures, made in {metrics['wall_seconds']:.1f} s")
 
@@ -265,13 +283,23 @@ def _summary(metrics: dict[str, Any]) -> str:
     return "  ".join(f"{name} {metrics[name]:.1f} %" for name in ("T1", "U", "S", "H"))
 
 
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
 def main() -> None:
     """Entry point of `bda-fused`."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)  # None, or what typer.Exit carries
     except typer.TyperException as error:
         print(f"bda-fused: {error.format_message()}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
+    except _Terminated:
+        print("bda-fused: terminated, nothing was written", file=sys.stderr)
+        raise SystemExit(_TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == _INTERRUPTED:
         print("bda-fused: interrupted, nothing was written", file=sys.stderr)
     raise SystemExit(code)

@@ -1,7 +1,9 @@
 """The command: refusals in one sentence with exit code 2, and nothing written."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -221,17 +223,33 @@ def test_explain_refuses_images_that_are_not_there(option, value, trained, tmp_p
     assert not (tmp_path / "maps").exists()
 
 
-def test_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_training_that_is_stopped_leaves_nothing(number, code, word, tmp_path, monkeypatch, capsys):
     from bda_fused.zsl import run
 
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    def stop(*_, **__):
+        assert list(tmp_path.rglob(".out.*.partial"))
+        os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(run, "train", interrupt)
-    code, _, stderr = command("train", "--out", tmp_path / "out", capsys=capsys)
-    assert code == 130
-    assert stderr == "bda-fused: interrupted, nothing was written\n"
+    monkeypatch.setattr(run, "train", stop)
+    before = signal.getsignal(number)
+    found, _, stderr = command("train", "--out", tmp_path / "new" / "out", capsys=capsys)
+    assert found == code
+    assert stderr == f"bda-fused: {word}, nothing was written\n"
     assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
+
+
+def test_training_that_diverges_fails_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"epochs": 1, "bda": {"lambda_cal": 1e300}}')
+    out = tmp_path / "new" / "out"
+    code, _, stderr = command("train", "--out", out, "--config", tmp_path / "config.json", capsys=capsys)
+    assert code == 1
+    assert "bda-fused: training diverged in epoch 1: losses must be finite, got total inf, sce " in stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_configuration_of_a_run_repeats_it(trained, tmp_path, capsys):

@@ -28,6 +28,10 @@ class ZeroShotMetrics:
     H: float
 
 
+class NotFiniteError(ValueError):
+    """Class scores that are inf or nan."""
+
+
 def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
     """Fraction of each class's images that were predicted right.
 
@@ -71,10 +75,11 @@ def zero_shot_metrics(
         seen, unseen: the classes of either kind, each with at least one test image.
 
     Raises:
-        ValueError: a score is not finite, shapes disagree, or a class has no test image.
+        NotFiniteError: a score is not finite.
+        ValueError: shapes disagree, or a class has no test image.
     """
     if not (seen_scores.isfinite().all() and unseen_scores.isfinite().all()):
-        raise ValueError("class scores must be finite, got inf or nan")
+        raise NotFiniteError("class scores must be finite, got inf or nan")
     restricted = unseen[unseen_scores[:, unseen].argmax(1)]
     t1 = _mean_percent(restricted, unseen_labels, unseen)
     u = _mean_percent(unseen_scores.argmax(1), unseen_labels, unseen)

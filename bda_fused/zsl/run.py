@@ -61,6 +61,7 @@ def train_run(settings: Settings, path: Path, *, overwrite: bool = False, progre
     Raises:
         OutputError: the directory is refused, before any work is done.
         ValueError: the device or the backend is refused, before anything is written.
+        DivergedError: the settings lead to numbers that are not finite.
     """
     start = time.perf_counter()
     backend = running_backend(settings)

@@ -12,12 +12,16 @@ from tqdm import tqdm
 
 from bda_fused.modules import BDA, frozen
 from bda_fused.zsl.data import Split, TwoDigits
-from bda_fused.zsl.metrics import ZeroShotMetrics, zero_shot_metrics
+from bda_fused.zsl.metrics import NotFiniteError, ZeroShotMetrics, zero_shot_metrics
 from bda_fused.zsl.settings import Settings
 
 LOSS_NAMES = ("total", "sce", "cal", "reg", "vce")
 _EVALUATION_BATCH = 200
 _WARM_UP = 0.15  # share of the steps in which the learning rate rises
+
+
+class DivergedError(RuntimeError):
+    """Training that left the finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def train(
 
     Raises:
         ValueError: a batch is larger than the training split.
+        DivergedError: a loss, or a class score after an epoch, is not finite.
     """
     if settings.batch_size > len(dataset.train):
         raise ValueError(
@@ -90,18 +95,30 @@ def train(
                 losses["total"].backward()
                 optimizer.step()
                 schedule.step()
-                sums += torch.stack([losses[name].detach() for name in LOSS_NAMES]).cpu()
+                values = torch.stack([losses[name].detach() for name in LOSS_NAMES]).cpu()
+                if not values.isfinite().all():
+                    raise DivergedError(f"training diverged in epoch {epoch}: {_report(values)}")
+                sums += values
                 bar.update()
+            try:
+                metrics = evaluate(model, dataset)
+            except NotFiniteError as error:
+                raise DivergedError(f"training diverged in epoch {epoch}: {error}") from error
             record = EpochRecord(
                 epoch=epoch,
                 losses=dict(zip(LOSS_NAMES, (sums / steps_per_epoch).tolist(), strict=True)),
-                metrics=evaluate(model, dataset),
+                metrics=metrics,
                 seconds=time.perf_counter() - start,
             )
             history.append(record)
             on_epoch(record)
             bar.set_postfix(loss=f"{record.losses['total']:.3f}", H=f"{record.metrics.H:.1f}")
     return history
+
+
+def _report(values: Tensor) -> str:
+    losses = ", ".join(f"{name} {value:.3g}" for name, value in zip(LOSS_NAMES, values.tolist(), strict=True))
+    return f"losses must be finite, got {losses}"
 
 
 def evaluate(model: BDA, dataset: TwoDigits) -> ZeroShotMetrics:

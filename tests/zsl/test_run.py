@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bda_fused.zsl import run
+from bda_fused.zsl import run, training
 from bda_fused.zsl.data import make_two_digits
 from bda_fused.zsl.explain import choose_images, explain
 from bda_fused.zsl.models import build_model
 from bda_fused.zsl.settings import make_settings
-from bda_fused.zsl.training import evaluate, train
+from bda_fused.zsl.training import DivergedError, evaluate, train
 
 SHORT = {"epochs": 1, "batch_size": 400}
 
@@ -108,6 +108,16 @@ def test_a_batch_larger_than_the_training_split_is_refused():
     dataset = make_two_digits(0, validation=True)
     settings = make_settings({"batch_size": 3000})
     with pytest.raises(ValueError, match="batch_size must be at most the 2400 training images, got 3000"):
+        train(build_model(settings, dataset), dataset, settings, progress=False)
+
+
+def test_class_scores_that_are_not_finite_after_an_epoch_are_divergence(monkeypatch):
+    monkeypatch.setattr(training, "class_scores", lambda _, split: torch.full((len(split), 100), torch.nan))
+    dataset = make_two_digits(0)
+    settings = make_settings(SHORT)
+    with pytest.raises(
+        DivergedError, match="training diverged in epoch 1: class scores must be finite, got inf or nan"
+    ):
         train(build_model(settings, dataset), dataset, settings, progress=False)
 
 
