@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the model's state dict as a safetensors file."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    path.write_bytes(save(tensors))  # safetensors' own way to a file ends with a mode that knows no umask
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, and one that does not fit is refused by the tensor that disagrees."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,6 +23,16 @@ def test_round_trip(checkpoint):
     model, loaded = nn.Linear(3, 2), nn.Linear(3, 2)
     load_weights(loaded, checkpoint)
     assert loaded.weight.equal(model.weight) and loaded.bias.equal(model.bias)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_file_has_the_mode_that_the_umask_says(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_weights(nn.Linear(3, 2), tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize(
