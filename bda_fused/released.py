@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -77,20 +78,34 @@ _NUMBERS = {
     "lambda_reg": "lambda_reg",
     "lambda_CEVi": "lambda_vce",
 }
+_WHOLE = {"dim_f", "dim_v", "tf_common_dim", "tf_dim_feedforward", "tf_heads", "tf_ec_layer", "tf_dc_layer"}
 _FLAGS = {"tf_SAtt": "attribute_attention", "normalize_V": "normalize_attributes"}
 
 
 class Unused(nn.Module):
-    """Tensors of a checkpoint that the model has no use for, kept so that they are written back bit-equal."""
+    """Tensors of a checkpoint that the model has no use for, kept so that they are written back bit-equal.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    ``mask_bias`` and ``bias`` are among them: the model has their product, the calibration. Its value at the load is
+    kept too, and takes part in every cast, so that a later change shows.
+    """
+
+    calibration: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], calibration: Tensor) -> None:
         super().__init__()
         self.keys = tuple(tensors)
+        self.register_buffer("calibration", calibration.clone(), persistent=False)
         for index, tensor in enumerate(tensors.values()):
             self.register_buffer(f"tensor_{index}", tensor.clone(), persistent=False)
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        return ((key, self.get_buffer(f"tensor_{index}")) for index, key in enumerate(self.keys))
+    def tensors(self, calibration: Tensor) -> dict[str, Tensor]:
+        """Copies by key; for a calibration that was changed, ``mask_bias`` is the new one and ``bias`` ones."""
+        tensors = {key: self.get_buffer(f"tensor_{index}").clone() for index, key in enumerate(self.keys)}
+        if not torch.equal(calibration.to(self.calibration), self.calibration):
+            tensors["mask_bias"] = calibration.reshape(tensors["mask_bias"].shape).clone()
+            if "bias" in tensors:
+                tensors["bias"].fill_(1)
+        return tensors
 
 
 def read_config(config: Mapping[str, Any], *, num_classes: int, num_attributes: int) -> BDAConfig:
@@ -98,10 +113,7 @@ def read_config(config: Mapping[str, Any], *, num_classes: int, num_attributes: 
 
     A flag given as a string is read as the released code read it: any string but the empty one is True, "False" too.
     """
-    flat = {
-        key: value["value"] if isinstance(value, Mapping) and "value" in value else value
-        for key, value in config.items()
-    }
+    flat = _flat(config)
     values: dict[str, Any] = {"num_classes": num_classes, "num_attributes": num_attributes, "vce_bias_quirk": True}
     for name, ours in _NUMBERS.items():
         if name in flat:
@@ -116,36 +128,95 @@ def read_config(config: Mapping[str, Any], *, num_classes: int, num_attributes: 
             values[ours] = bool(flat[name])
     for name in ("tf_ec_layer", "tf_dc_layer"):
         if name in flat:
-            values["num_layers"] = max(values.get("num_layers", 1), int(_number(name, flat[name])))
+            values["num_layers"] = max(values.get("num_layers", 1), _number(name, flat[name]))
     return BDAConfig(**values)
 
 
-def _number(name: str, value: Any) -> float | int:
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the ``{value: x}`` that wandb puts around every value."""
+    return {
+        key: value["value"] if isinstance(value, Mapping) and "value" in value else value
+        for key, value in config.items()
+    }
+
+
+def _number(name: str, value: Any) -> Any:
     """A number, also one written as a string, as some released configurations have it."""
+    number = value
     if isinstance(value, str):
         try:
-            value = float(value)
+            number = float(value)
         except ValueError:
             raise ValueError(f"{name} must be a number, got {value!r}") from None
-    return int(value) if _NUMBERS.get(name, "").endswith(("dim", "heads")) else value
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if name not in _WHOLE:
+        return number
+    if not float(number).is_integer():
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(float(number))
+
+
+def _unseen_classes(config: Mapping[str, Any], mask_bias: Tensor) -> Tensor:
+    """Boolean (K,): by "unseenclass", else what "seenclass" leaves, else where mask_bias is positive."""
+    flat = _flat(config)
+    given = {
+        name: _classes(name, flat[name], len(mask_bias))
+        for name in ("seenclass", "unseenclass")
+        if flat.get(name) is not None
+    }
+    if len(given) == 2 and not torch.equal(given["seenclass"], ~given["unseenclass"]):
+        raise ValueError(
+            f"seenclass and unseenclass must share the classes 0 to {len(mask_bias) - 1} out between them, "
+            f"got {flat['seenclass']} and {flat['unseenclass']}"
+        )
+    if "unseenclass" in given:
+        return given["unseenclass"]
+    return ~given["seenclass"] if given else mask_bias > 0
+
+
+def _classes(name: str, value: Any, num_classes: int) -> Tensor:
+    """Boolean (K,) from a list of class indices."""
+    sentence = f"{name} must be a list of class indices, got {value!r}"
+    try:
+        indices = torch.as_tensor(value).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(sentence) from error
+    integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+    if indices.numel() and not integers:  # torch takes an empty list for floats
+        raise ValueError(sentence)
+    if any(not 0 <= index < num_classes for index in indices.tolist()):
+        raise ValueError(f"{name} must hold classes 0 to {num_classes - 1}, got {value!r}")
+    mask = torch.zeros(num_classes, dtype=torch.bool)
+    mask[indices.long()] = True
+    return mask
 
 
 def load(model_type: type[Model], state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Model:
     """A model from a released state dict and configuration.
 
-    ``config`` holds the released names and may hold "unseenclass" (a list of class indices); without it the unseen
-    classes are those whose mask_bias is positive.
+    ``config`` holds the released names and may hold "unseenclass" or "seenclass" (lists of class indices); without them
+    the unseen classes are those whose mask_bias is positive.
 
     Raises:
-        ValueError: a key is missing or has another shape than the configuration says, in one sentence.
+        ValueError: a key is missing or has another shape than the configuration says, or the classes are none of the
+            checkpoint's or contradict each other, in one sentence.
     """
     for key in ("V", "att", "mask_bias"):
         if key not in state_dict:
             raise ValueError(f"the checkpoint has no key {key!r}: it is not one of the released BDA model")
     attributes, mask_bias = state_dict["att"], state_dict["mask_bias"].flatten()
+    if not state_dict["V"].is_floating_point():
+        raise ValueError(f"V must be a floating-point tensor, got {state_dict['V'].dtype}")
+    if attributes.dim() != 2:
+        raise ValueError(f"att must have shape (classes, attributes), got {tuple(attributes.shape)}")
+    if len(mask_bias) != len(attributes):
+        raise ValueError(
+            f"mask_bias must hold a value for each of the {len(attributes)} classes of att, "
+            f"got shape {tuple(state_dict['mask_bias'].shape)}"
+        )
     settings = read_config(config, num_classes=attributes.shape[0], num_attributes=attributes.shape[1])
-    unseen = config.get("unseenclass")
-    model = model_type(settings, attributes, mask_bias > 0 if unseen is None else torch.as_tensor(unseen))
+    model = model_type(settings, attributes, _unseen_classes(config, mask_bias))
     model.to(state_dict["V"].dtype)
     model.sven.calibration = mask_bias * state_dict.get("bias", mask_bias.new_ones(()))
 
@@ -163,19 +234,31 @@ def load(model_type: type[Model], state_dict: Mapping[str, Tensor], config: Mapp
         with torch.no_grad():
             ours[target].copy_(source)
         used.add(key)
-    model.unused = Unused({key: tensor for key, tensor in state_dict.items() if key not in used})
+    unused = {key: tensor for key, tensor in state_dict.items() if key not in used}
+    model.unused = Unused(unused, model.sven.calibration)
     return model
 
 
 def state_dict(model: BDA) -> dict[str, Tensor]:
-    """The model under the released key names; for a model not loaded from them, with neutral values for unused keys."""
+    """The model under the released key names, in new tensors.
+
+    Unused keys are as they were loaded, or neutral for a model that was not. A calibration that was changed since the
+    load is written as ``mask_bias``, with a ``bias`` of 1.
+    """
     ours = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return _stacked(ours) | dict(model.unused.items() if model.unused is not None else _neutral(model))
+    return _stacked(ours) | (_neutral(model) if model.unused is None else model.unused.tensors(model.sven.calibration))
 
 
 def gradients(model: BDA) -> dict[str, Tensor]:
-    """The gradients under the released key names, for every parameter that has one."""
-    return _stacked({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    """The gradients under the released key names, for every parameter that has one.
+
+    A part of a stacked projection that has none, because it is frozen, is zero beside those that have.
+    """
+    parameters = dict(model.named_parameters())
+    keys = {target: key for key, target, _ in _targets(parameters)}
+    held = {keys[name] for name, p in parameters.items() if name in keys and p.grad is not None}
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+    return _stacked({name: grad for name, grad in grads.items() if keys.get(name) in held})
 
 
 def _targets(ours: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor]]]:

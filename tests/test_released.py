@@ -258,6 +258,60 @@ def test_round_trip_is_bit_equal(case):
         assert torch.equal(written[name], x), name
 
 
+def test_what_is_written_shares_no_memory_with_the_model():
+    state = own_checkpoint() | {"unknown": torch.ones(2)}
+    model = reference.BDA.from_released(state, OWN_CONFIG)
+    for x in model.to_released().values():
+        x.zero_()
+    assert all(torch.equal(x, state[name]) for name, x in model.to_released().items())
+
+
+@pytest.mark.parametrize("stored", [{}, {"bias": torch.tensor(0.7)}], ids=["bias 1", "bias 0.7"])
+def test_a_changed_calibration_is_written(stored):
+    state = own_checkpoint() | stored
+    model = reference.BDA.from_released(state, OWN_CONFIG)
+    model.sven.calibration.mul_(0.3)
+    written = model.to_released()
+    assert written["mask_bias"].shape == state["mask_bias"].shape
+    assert torch.equal((written["mask_bias"] * written["bias"])[0], model.sven.calibration)
+    loaded = reference.BDA.from_released(written, OWN_CONFIG)
+    assert torch.equal(loaded.sven.calibration, model.sven.calibration)
+    assert {name for name in state if not torch.equal(written[name], state[name])} <= {"mask_bias", "bias"}
+
+
+def test_a_changed_calibration_adds_no_key():
+    model = reference.BDA.from_released(without("bias"), OWN_CONFIG)
+    model.sven.calibration.mul_(0.3)
+    written = model.to_released()
+    assert written.keys() == without("bias").keys()
+    assert torch.equal(written["mask_bias"][0], model.sven.calibration)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cast_changes_no_calibration(dtype):
+    """The product of rounded factors is another than the rounded product."""
+    state = own_checkpoint() | {"bias": torch.tensor(0.7), "mask_bias": torch.tensor([[-1.1, -1.3, 1.1, -0.9, 1.7]])}
+    written = reference.BDA.from_released(state, OWN_CONFIG).to(dtype).to_released()
+    for name in ("mask_bias", "bias"):
+        assert torch.equal(written[name], state[name].to(dtype))
+
+
+def test_the_gradient_of_a_stacked_projection_is_zero_where_it_is_frozen():
+    tensors, config = own_case()
+    model = reference.BDA.from_released(part(tensors, "state_dict."), config).double().eval()
+    frozen, key = (model.bdan.vsa.q_proj, model.bdan.vsa.k_proj), DECODER + "multihead_attn.in_proj_"
+    for projection in frozen:
+        projection.requires_grad_(False)
+    model.attribute_vectors.requires_grad_(False)
+    model.losses(model(tensors["input.feature_map"].double()), tensors["input.label"])["total"].backward()
+    grads = model.to_released(grads=True)
+    assert "V" not in grads
+    for leaf in ("weight", "bias"):
+        *zeros, value = grads[key + leaf].tensor_split(3)
+        assert all(not x.any() for x in zeros)
+        assert torch.equal(value, getattr(model.bdan.vsa.v_proj, leaf).grad)
+
+
 def test_a_fresh_model_writes_a_checkpoint_that_loads():
     config = BDAConfig(
         num_classes=5, num_attributes=4, image_dim=12, attribute_dim=5, dim=6, ffn_dim=9, vce_bias_quirk=True
@@ -285,6 +339,23 @@ def test_without_classes_the_unseen_ones_come_from_mask_bias():
     assert reference.BDA.from_released(own_checkpoint(), OWN_CONFIG).unseen.nonzero().flatten().tolist() == [2, 4]
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [
+        {"unseenclass": [0, 3]},
+        {"unseenclass": {"value": [0, 3]}},
+        {"unseenclass": torch.tensor([3, 0], dtype=torch.int16)},
+        {"seenclass": [1, 2, 4]},
+        {"seenclass": {"value": [1, 2, 4]}, "unseenclass": [0, 3]},
+        {"seenclass": None, "unseenclass": [0, 3]},
+    ],
+    ids=str,
+)
+def test_the_configuration_says_which_classes_are_unseen(classes):
+    model = reference.BDA.from_released(own_checkpoint(), OWN_CONFIG | classes)
+    assert model.unseen.nonzero().flatten().tolist() == [0, 3]
+
+
 def without(key):
     return {name: x for name, x in own_checkpoint().items() if name != key}
 
@@ -305,7 +376,40 @@ def without(key):
             "num_layers must be 1, as in every released configuration, got 2",
         ),
         (own_checkpoint(), OWN_CONFIG | {"fsqrt": "much"}, "fsqrt must be a number, got 'much'"),
-        (own_checkpoint(), OWN_CONFIG | {"unseenclass": [7]}, r"unseen must hold classes 0 to 4, got \[7\]"),
+        (own_checkpoint(), OWN_CONFIG | {"fsqrt": True}, "fsqrt must be a number, got True"),
+        (own_checkpoint(), OWN_CONFIG | {"tf_heads": None}, "tf_heads must be a number, got None"),
+        (own_checkpoint(), OWN_CONFIG | {"tf_common_dim": "8.7"}, "tf_common_dim must be a whole number, got '8.7'"),
+        (own_checkpoint(), OWN_CONFIG | {"tf_dc_layer": 1.5}, "tf_dc_layer must be a whole number, got 1.5"),
+        (own_checkpoint(), OWN_CONFIG | {"unseenclass": [7]}, r"unseenclass must hold classes 0 to 4, got \[7\]"),
+        (own_checkpoint(), OWN_CONFIG | {"seenclass": [-1]}, r"seenclass must hold classes 0 to 4, got \[-1\]"),
+        (own_checkpoint(), OWN_CONFIG | {"unseenclass": [1.5]}, r"must be a list of class indices, got \[1.5\]"),
+        (own_checkpoint(), OWN_CONFIG | {"unseenclass": "2, 4"}, "must be a list of class indices, got '2, 4'"),
+        (own_checkpoint(), OWN_CONFIG | {"unseenclass": []}, "unseen must leave seen and unseen classes, got 0 of 5"),
+        (
+            own_checkpoint(),
+            OWN_CONFIG | {"seenclass": [0, 1], "unseenclass": [1, 2, 3, 4]},
+            r"seenclass and unseenclass must share the classes 0 to 4 out between them, got \[0, 1\] and \[1, 2, 3, 4\]",
+        ),
+        (
+            own_checkpoint(),
+            OWN_CONFIG | {"seenclass": [0, 1], "unseenclass": [3, 4]},
+            "seenclass and unseenclass must share the classes 0 to 4 out between them",
+        ),
+        (
+            own_checkpoint() | {"mask_bias": torch.tensor([[1.0, -1.0]])},
+            OWN_CONFIG | {"unseenclass": [2, 4]},
+            r"mask_bias must hold a value for each of the 5 classes of att, got shape \(1, 2\)",
+        ),
+        (
+            own_checkpoint() | {"att": torch.ones(5)},
+            OWN_CONFIG,
+            r"att must have shape \(classes, attributes\), got \(5,\)",
+        ),
+        (
+            own_checkpoint() | {"V": torch.ones(ATTRIBUTES, 5, dtype=torch.int64)},
+            OWN_CONFIG,
+            "V must be a floating-point tensor, got torch.int64",
+        ),
     ],
 )
 def test_refusals(state, config, message):
