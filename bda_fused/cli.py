@@ -161,11 +161,12 @@ def evaluate(
     """Recompute the metrics of a run from its checkpoint; exit code 1 if they are not those of its metrics.json."""
     with _refusing():
         from bda_fused import backends
+        from bda_fused.zsl.metrics import NotFiniteError
         from bda_fused.zsl.run import load_run
         from bda_fused.zsl.training import evaluate
 
         loaded = load_run(run, **_given(backend=backend, device=device, threads=threads))
-    with backends.use(loaded.settings.backend):
+    with backends.use(loaded.settings.backend), _refusing(NotFiniteError):
         metrics = vars(evaluate(loaded.model, loaded.dataset))
     print(_summary(metrics))
     stored = {name: loaded.metrics.get(name) for name in metrics}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bda_fused import cli
 
@@ -165,11 +166,19 @@ def edit(run, section, **values):
     (run / "config.json").write_text(json.dumps(config))
 
 
+def make_infinite(run):
+    """Change a weight of a run's model."""
+    tensors = load_file(run / "model.safetensors")
+    tensors["sven.readout"][0] = float("inf")
+    save_file(tensors, run / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda run: (run / "model.safetensors").unlink(), "there is no checkpoint"),
         (lambda run: (run / "model.safetensors").write_bytes(b"nonsense"), "is not a safetensors file"),
+        (make_infinite, "class scores must be finite, got inf or nan"),
         (lambda run: (run / "metrics.json").unlink(), "it holds no metrics.json"),
         (lambda run: (run / "config.json").write_text("{"), "is not valid JSON"),
         (lambda run: (run / "config.json").write_text("{}"), "must hold the entries training and model, got none"),
@@ -185,6 +194,7 @@ def edit(run, section, **values):
     ids=[
         "no weights",
         "other file",
+        "infinite weights",
         "no metrics",
         "broken configuration",
         "empty configuration",

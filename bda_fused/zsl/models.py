@@ -22,7 +22,7 @@ def check_device(device: str) -> None:
         (number * number).backward()
         number.detach().item()
     except (RuntimeError, AssertionError, ImportError) as error:  # whatever torch says of a device it lacks
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # the first sentence of what may be pages
         raise ValueError(f"device must be one that torch can train on here, got {device!r}: {reason}") from error
 
 

@@ -63,7 +63,7 @@ def new_directory(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]
                 undo.callback(_remove_if_empty, parent)
             partial.mkdir()
         except OSError as error:
-            raise OutputError(f"{path} cannot be made: {error}") from error
+            raise OutputError(f"{path} cannot be made: {error.strerror or error}") from error
         undo.callback(shutil.rmtree, partial, ignore_errors=True)
         yield partial
         if path.exists():
