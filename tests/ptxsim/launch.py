@@ -1,0 +1,282 @@
+"""Running a kernel: arguments to parameter bytes, tensors to address ranges, the core's outcome to a fault or a report."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.ptxsim import core
+from tests.ptxsim.faults import KINDS, SharedLimit
+from tests.ptxsim.lower import BLOCK_REGISTERS, LANE_REGISTERS, RANGE_BITS, LoweredKernel
+from tests.ptxsim.report import Access, Param, Report, tally
+
+# Check in core/memory.h, in its order; "limit" is checked here.
+CHECKS = ("bounds", "alignment", "races", "unwritten", "waits", "poison", "barriers", "blocks")
+ALL_CHECKS = frozenset({*CHECKS, "limit"})
+POISON, READ, WRITTEN, ATOMIC = 8, 1, 2, 4  # Allocation::Flag in core/memory.h
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor argument, reported under a name."""
+
+    name: str
+    tensor: Tensor | Out
+
+
+@dataclass(frozen=True)
+class Out:
+    """A tensor whose bytes are poisoned before the launch: 0xFF, and a fault if read before they are written."""
+
+    tensor: Tensor
+
+
+@dataclass
+class _Range:
+    """The storage of a tensor in the launch's address space, with its shadows."""
+
+    name: str
+    storage: torch.UntypedStorage | bytes
+    base: int
+    granule: int
+    writable: bool
+    flags: np.ndarray
+    writer: np.ndarray
+    reader: np.ndarray
+
+    @property
+    def host(self) -> int:
+        return self.buffer.ctypes.data if isinstance(self.storage, bytes) else self.storage.data_ptr()
+
+    @property
+    def size(self) -> int:
+        return len(self.storage) if isinstance(self.storage, bytes) else self.storage.nbytes()
+
+    @property
+    def buffer(self) -> np.ndarray:
+        return np.frombuffer(self.storage, np.uint8)
+
+
+class AddressSpace:
+    """Global memory of one launch. Each storage has a range of its own, whatever number of tensors view it."""
+
+    def __init__(self) -> None:
+        self.ranges: list[_Range] = []
+        self.by_storage: dict[int, _Range] = {}
+
+    def add(self, name: str, storage: torch.UntypedStorage | bytes, granule: int, writable: bool) -> _Range:
+        size = len(storage) if isinstance(storage, bytes) else storage.nbytes()
+        granules = -(-size // granule)
+        added = _Range(
+            name,
+            storage,
+            (len(self.ranges) + 1) << RANGE_BITS,
+            granule,
+            writable,
+            np.zeros(size, np.uint8),
+            np.zeros(granules, np.int32),
+            np.zeros(granules, np.int32),
+        )
+        self.ranges.append(added)
+        return added
+
+    def address(self, name: str, argument: Tensor | Out) -> int:
+        """Where a tensor begins; its storage joins the space the first time."""
+        tensor = argument.tensor if isinstance(argument, Out) else argument
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}; the simulator takes CPU tensors")
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == 0:
+            return self.add(name, storage, tensor.element_size(), True).base
+        key = storage.data_ptr()
+        found = self.by_storage.get(key)
+        if found is None:
+            found = self.by_storage[key] = self.add(name, storage, tensor.element_size(), True)
+        elif tensor.element_size() < found.granule:
+            raise ValueError(f"{name} views the storage of {found.name} with smaller elements")
+        if isinstance(argument, Out):
+            _poison(tensor, found.flags)
+        return found.base + tensor.storage_offset() * tensor.element_size()
+
+    def translate(self, word: int) -> int:
+        """A host address to the address that the kernel sees; any other number stays."""
+        for known in self.by_storage.values():
+            if known.host <= word < known.host + known.size:
+                return known.base + word - known.host
+        return word
+
+
+def _poison(tensor: Tensor, flags: np.ndarray) -> None:
+    size = tensor.element_size()
+    shape, strides = (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1)
+    offset = tensor.storage_offset() * size
+    for memory in (np.frombuffer((ctypes.c_uint8 * len(flags)).from_address(tensor.untyped_storage().data_ptr()), np.uint8), flags):
+        view = np.lib.stride_tricks.as_strided(memory[offset:], shape, strides)
+        view[...] = POISON if memory is flags else 0xFF
+
+
+class Kernel:
+    """A compiled entry, ready to be launched. param_names: what tensors are called in reports."""
+
+    def __init__(self, lowered: LoweredKernel, param_names: Sequence[str] = ()):
+        self.lowered = lowered
+        self.name = lowered.name
+        self.param_names = [*param_names, *map(str, range(len(param_names), len(lowered.params)))]
+
+    def launch(
+        self,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Sequence[Any] | bytes,
+        *,
+        shared: int = 0,
+        tensors: Mapping[str, Tensor | Out] | None = None,
+        seed: int = 0,
+        shared_limit: int = 163 * 1024,
+        checks: Collection[str] = ALL_CHECKS,
+        max_instructions: int = 1 << 40,
+    ) -> Report:
+        """Runs the kernel; the README says what arguments may be. Raises Fault, SharedLimit or ValueError."""
+        if unknown := set(checks) - ALL_CHECKS:
+            raise ValueError(f"no such checks: {sorted(unknown)}; there are {sorted(ALL_CHECKS)}")
+        lowered = self.lowered
+        grid3, block3 = _three(grid), _three(block)
+        threads, blocks = int(np.prod(block3)), int(np.prod(grid3))
+        if not 0 < threads <= 1024 or (lowered.reqntid and threads != np.prod(lowered.reqntid)):
+            raise ValueError(f"{self.name} cannot run {threads} threads a block; it requires {lowered.reqntid or '1 to 1024'}")
+        shared_bytes = (-(-lowered.static_shared // 16) * 16 if shared else lowered.static_shared) + shared
+        if shared_bytes > shared_limit and "limit" in checks:
+            raise SharedLimit(f"{self.name} wants {shared_bytes} bytes of shared memory a block, the limit is {shared_limit}")
+
+        space = AddressSpace()
+        for variable in lowered.globals:
+            space.add(variable.name, variable.data.ljust(variable.size, b"\0"), 1, False)
+        for name, tensor in (tensors or {}).items():
+            space.address(name, tensor)
+        params = args.ljust(1, b"\0") if isinstance(args, bytes) else self._pack(args, space)
+        params = _translate(params, space)
+
+        launch_values = (*block3, *grid3, shared, shared_bytes, -(-threads // 32))
+        specials = list(lowered.specials.items())
+        first = len(LANE_REGISTERS)
+        constants = np.array(
+            [*lowered.constants, *((offset, 4, value) for (_, offset), value in zip(specials[first:], launch_values, strict=False))],
+            dtype=np.int64,
+        )
+        order = np.arange(blocks, dtype=np.uint64)
+        np.random.default_rng(seed).shuffle(order)
+        counts = np.zeros((4, len(lowered.code)), np.uint64)
+        allocations = (core.Allocation * max(len(space.ranges), 1))(
+            *(
+                core.Allocation(r.host, r.size, r.flags.ctypes.data, r.writer.ctypes.data, r.reader.ctypes.data, r.granule, r.writable)
+                for r in space.ranges
+            )
+        )
+        names = (ctypes.c_char_p * max(len(space.ranges), 1))(*(r.name.encode() for r in space.ranges))
+        launch = core.Launch(
+            code=lowered.code.ctypes.data,
+            instructions=len(lowered.code),
+            register_bytes=lowered.register_bytes,
+            constants=constants.ctypes.data,
+            constant_count=len(constants),
+            checks=sum(1 << bit for bit, name in enumerate(CHECKS) if name in checks),
+            lane_registers=(core.i32 * 10)(*(lowered.specials[name] for name in LANE_REGISTERS)),
+            ctaid=(core.i32 * 3)(*(lowered.specials[name] for name in BLOCK_REGISTERS)),
+            grid=(core.u32 * 3)(*grid3),
+            block=(core.u32 * 3)(*block3),
+            shared_bytes=shared_bytes,
+            local_bytes=lowered.local_bytes,
+            params=ctypes.cast(ctypes.c_char_p(params), ctypes.c_void_p),
+            allocations=allocations,
+            names=names,
+            allocation_count=len(space.ranges),
+            param_bytes=len(params),
+            block_order=order.ctypes.data,
+            seed=random.Random(seed).getrandbits(64),
+            max_steps=max_instructions,
+            counters=core.Counters(*(row.ctypes.data for row in counts)),
+        )
+        outcome = core.Outcome()
+        start = time.perf_counter()
+        core.load().ptxsim_run(ctypes.byref(launch), ctypes.byref(outcome))
+        seconds = time.perf_counter() - start
+        if outcome.kind >= 0:
+            self._raise(outcome, grid3, block3)
+        used = {
+            r.name: _param(r, allocation.traffic)
+            for r, allocation in zip(space.ranges, allocations, strict=False)
+        }
+        macs, barriers = launch.counters.macs, launch.counters.barriers
+        return tally(lowered.statements, *counts, macs=macs, barriers=barriers, params=used, seconds=seconds)
+
+    def _pack(self, args: Sequence[Any], space: AddressSpace) -> bytes:
+        params = self.lowered.params
+        if len(args) != len(params):
+            raise ValueError(f"{self.name} takes {len(params)} arguments, {len(args)} were given")
+        packed = b""
+        for param, name, value in zip(params, self.param_names, args, strict=True):
+            packed = packed.ljust(-(-len(packed) // param.align) * param.align, b"\0")
+            field = _pack_one(name, value, param.size, space)
+            if len(field) != param.size:
+                raise ValueError(f"{name} of {self.name} has {param.size} bytes, {value!r} has {len(field)}")
+            packed += field
+        return packed.ljust(1, b"\0")
+
+    def _raise(self, outcome: core.Outcome, grid: Sequence[int], block: Sequence[int]) -> None:
+        statements = self.lowered.statements
+        statement = statements[min(outcome.pc, len(statements) - 1)]
+        raise KINDS[outcome.kind](
+            what=outcome.message.decode(),
+            kernel=self.name,
+            block=_place(outcome.block, grid),
+            thread=_place(outcome.thread, block) if outcome.thread >= 0 else None,
+            ptx_line=statement.line,
+            opcode=statement.opcode,
+            source=f"{statement.source[0]}:{statement.source[1]}" if statement.source[1] else "unknown",
+        )
+
+
+def _pack_one(name: str, value: Any, size: int, space: AddressSpace) -> bytes:
+    if isinstance(value, Named):
+        return _pack_one(value.name, value.tensor, size, space)
+    if isinstance(value, Tensor | Out):
+        return space.address(name, value).to_bytes(8, "little")
+    if isinstance(value, bytes | ctypes.Structure | np.generic):
+        return bytes(value) if isinstance(value, bytes | ctypes.Structure) else value.tobytes()
+    if isinstance(value, float):
+        return np.array(value, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
+    number = int(value or 0)
+    return (number & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+
+
+def _translate(params: bytes, space: AddressSpace) -> bytes:
+    """Host addresses of registered tensors, at multiples of 8 bytes, to addresses that the kernel sees."""
+    whole = len(params) // 8 * 8
+    words = np.frombuffer(params[:whole], np.uint64)
+    return b"".join(space.translate(int(word)).to_bytes(8, "little") for word in words) + params[whole:]
+
+
+def _param(r: _Range, traffic: Sequence[core.Traffic]) -> Param:
+    unique = (int(np.count_nonzero(r.flags & flag)) for flag in (READ, WRITTEN, ATOMIC))
+    kinds = (Access(t.requests, t.bytes, t.sectors, t.ideal, u) for t, u in zip(traffic, unique, strict=True))
+    return Param(*kinds, unwritten=int(np.count_nonzero(r.flags & POISON)))
+
+
+def _three(shape: int | Sequence[int]) -> tuple[int, int, int]:
+    axes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not 1 <= len(axes) <= 3 or min(axes) < 1:
+        raise ValueError(f"a grid or block of {shape}")
+    x, y, z = (*axes, 1, 1)[:3]
+    return x, y, z
+
+
+def _place(index: int, shape: Sequence[int]) -> tuple[int, int, int]:
+    return index % shape[0], index // shape[0] % shape[1], index // shape[0] // shape[1]
