@@ -1,0 +1,163 @@
+"""Planted faults: each is found and named, and goes unreported when its detector is off."""
+
+import re
+
+import pytest
+import torch
+
+from tests import ptxsim
+from tests.ptxsim import ALL_CHECKS, Out
+from tests.ptxsim.probes import FOLDER, cuda_kernel
+
+LINES = (FOLDER / "faults.cu").read_text().splitlines()
+
+
+def line_of(code, after):
+    """The line of faults.cu with this code, in the kernel ``after``."""
+    start = next(i for i, line in enumerate(LINES) if re.search(rf"__global__ void {after}\(", line))
+    return next(i for i in range(start, len(LINES)) if code in LINES[i]) + 1
+
+
+def launch(name, checks=ALL_CHECKS, *, grid=1, extra=(), shared=0, wrap=lambda x: x, seed=0):
+    x = torch.arange(1, 65 * grid, dtype=torch.float32)[: 64 * grid]
+    out = torch.zeros(64)
+    kernel = cuda_kernel(name, "faults.cu")
+    return kernel.launch(grid, 64, [wrap(out), x, *extra], shared=shared, checks=checks, seed=seed, max_instructions=100_000)
+
+
+# kernel, launch options, detector, what it raises, its sentence, the guilty code, thread (None: any)
+FAULTS = [
+    ("off_by_one", {}, "bounds", ptxsim.OutOfBounds, r"reads 4 bytes at 1 \+ 256 \(of 256 bytes\)", "x[threadIdx.x + 1]", 63),
+    ("before_the_start", {}, "bounds", ptxsim.OutOfBounds, r"reads 4 bytes at 1 - 4", "x[int(", 0),
+    ("store_past_the_end", {}, "bounds", ptxsim.OutOfBounds, r"writes 4 bytes at 0 \+ 256", "out[2 * ", 32),
+    ("misaligned", {}, "alignment", ptxsim.Misaligned, r"reads 16 bytes at an address that is 4 past a multiple of 16", "float4 v", 0),
+    ("shared_overrun", {"shared": 256}, "bounds", ptxsim.OutOfBounds, r"writes 4 bytes at shared memory \+ 256 \(of 256", "s[threadIdx.x + 1] = ", 63),
+    ("local_overrun", {"extra": [5]}, "bounds", ptxsim.OutOfBounds, r"local memory \+ 16 \(of 16 bytes\)", "last[k] = x[k]", 0),
+    ("missing_syncthreads", {}, "races", ptxsim.SharedRace, r"shared memory \+ \d+, which thread \d+ (wrote|read), without a barrier between", None, None),
+    ("missing_syncthreads_before_reuse", {}, "races", ptxsim.SharedRace, r"which thread \d+ (wrote|read), without a barrier", None, None),
+    ("two_writers", {}, "races", ptxsim.SharedRace, r"writes shared memory \+ 0, which thread", "s[0] = x", None),
+    ("missing_syncwarp", {}, "races", ptxsim.SharedRace, r"without bar.warp.sync between", "s[threadIdx.x ^ 1]", None),
+    ("missing_wait", {}, "waits", ptxsim.MissingWait, r"reads shared memory \+ \d+ while a cp.async to it is in flight", "= reinterpret_cast", None),
+    ("wait_for_one_group_too_few", {}, "waits", ptxsim.MissingWait, r"in flight", "= reinterpret_cast", None),
+    ("wait_without_barrier", {"seed": 1}, None, ptxsim.Fault, r"shared memory", "= reinterpret_cast", None),
+    ("unwritten_shared", {}, "unwritten", ptxsim.UnwrittenShared, r"reads shared memory \+ 28, which nobody wrote", "= s[threadIdx.x]", 7),
+    ("divergent_barrier", {}, "barriers", ptxsim.DivergentBarrier, r"is not at the barrier", "__syncthreads()", None),
+    ("divergent_shuffle", {}, "barriers", ptxsim.DivergentBarrier, r"with lanes that are elsewhere", None, None),
+    ("ldmatrix", {"extra": [8]}, "alignment", ptxsim.Misaligned, r"reads 16 bytes at an address that is 8 past", "shared_address(s) +", 0),
+    ("ldmatrix", {"extra": [32]}, "bounds", ptxsim.OutOfBounds, r"reads 16 bytes at shared memory \+ 144 \(of 144 bytes\)", "shared_address(s) +", None),
+    ("two_blocks_one_address", {"grid": 2}, "blocks", ptxsim.BlockConflict, r"writes 0 \+ \d+ \(of 256 bytes\), which block \d wrote", "out[threadIdx.x] =", None),
+    ("reads_another_block", {"grid": 2}, "blocks", ptxsim.BlockConflict, r"which block \d (wrote|read) in the same launch", None, None),
+    ("reads_its_output", {"wrap": Out}, "poison", ptxsim.PoisonRead, r"reads 0 \+ \d+ \(of 256 bytes\), an output that nobody has written", "+=", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "check", "kind", "sentence", "code", "thread"), FAULTS)
+def test_fault_is_found_and_named(name, options, check, kind, sentence, code, thread):
+    with pytest.raises(kind) as caught:
+        launch(name, **options)
+    fault = caught.value
+    assert re.search(sentence, fault.what), fault.what
+    assert name in fault.kernel
+    assert fault.ptx_line > 0
+    assert fault.block in [(b, 0, 0) for b in range(options.get("grid", 1))]
+    if code is not None:
+        assert fault.source.endswith(f"faults.cu:{line_of(code, name)}"), str(fault)
+    if thread is not None:
+        assert fault.thread == (thread, 0, 0)
+
+
+@pytest.mark.parametrize(("name", "options", "check"), [fault[:3] for fault in FAULTS if fault[2]])
+def test_fault_is_not_found_without_its_detector(name, options, check):
+    launch(name, ALL_CHECKS - {check}, **options)
+
+
+def test_wait_without_barrier_is_found_whatever_the_order_of_warps():
+    kinds = set()
+    for seed in range(8):
+        with pytest.raises((ptxsim.SharedRace, ptxsim.UnwrittenShared)) as caught:
+            launch("wait_without_barrier", seed=seed)
+        kinds.add(type(caught.value))
+    assert kinds == {ptxsim.SharedRace, ptxsim.UnwrittenShared}  # after the copy has landed, or before it was begun
+
+
+def test_missing_barrier_before_reuse_is_found_whatever_the_order_of_warps():
+    for seed in range(8):
+        with pytest.raises(ptxsim.SharedRace):
+            launch("missing_syncthreads_before_reuse", seed=seed)
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(99, 99), (163, 163), (227, 227)])
+def test_shared_memory_beyond_the_limit(limit, fits):
+    launch_bytes = {"shared": fits * 1024 + 4}
+    x, out = torch.ones(64), torch.zeros(64)
+    kernel = cuda_kernel("shared_overrun", "faults.cu")
+    with pytest.raises(ptxsim.SharedLimit, match=f"wants {fits * 1024 + 4} bytes .* the limit is {limit * 1024}"):
+        kernel.launch(1, 64, [out, x], **launch_bytes, shared_limit=limit * 1024)
+    kernel.launch(1, 64, [out, x], **launch_bytes, shared_limit=limit * 1024, checks=ALL_CHECKS - {"limit"})
+    kernel.launch(1, 64, [out, x], shared=fits * 1024, shared_limit=limit * 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sentence"),
+    [
+        ("barrier_for_too_many", ptxsim.Stuck, "waits at a barrier that nobody completes"),
+        ("endless", ptxsim.Stuck, "as many instructions as max_instructions allows"),
+        ("failing_assert", ptxsim.Trapped, "a device assert failed"),
+        ("trapping", ptxsim.Trapped, "the kernel trapped"),
+    ],
+)
+def test_what_no_switch_silences(name, kind, sentence):
+    with pytest.raises(kind, match=sentence):
+        launch(name, frozenset())
+
+
+UNKNOWN = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry unknown(.param .u64 unknown_param_0)
+{
+    .reg .b32 %r<4>;
+    mov.u32 %r1, %tid.x;
+    OPCODE
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "dp4a.u32.u32 %r1, %r1, %r1, %r1;",
+        "add.sat.u32 %r1, %r1, %r1;",
+        "add.f31 %r1, %r1, %r1;",
+        "ld.global.L3::evict.u32 %r1, [%r2];",
+        "mov.u32 %r1, %clock;",
+        "mov.u32 %r1, nowhere;",
+        "add.u32 %r1, %q9, %r1;",
+        "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1}, {%r1}, {%r1}, {%r1};",
+        "bra nowhere;",
+        "call.uni vprintf, (%r1, %r2);",
+    ],
+)
+def test_unknown_instruction_is_refused_with_its_line(instruction):
+    module = ptxsim.load(UNKNOWN.replace("OPCODE", instruction))
+    with pytest.raises(ptxsim.Unsupported, match=re.escape(instruction.rstrip(";")) + ".*, PTX line 9"):
+        module.kernel("unknown")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"args": [torch.zeros(1)]}, "takes 2 arguments, 1 were given"),
+        ({"args": [torch.zeros(1), b"123"]}, "1 of off_by_one has 8 bytes"),
+        ({"args": [torch.zeros(1, device="meta"), None]}, "0 is on meta"),
+        ({"block": 2000}, "cannot run 2000 threads a block"),
+        ({"grid": 0}, "a grid or block of 0"),
+        ({"checks": {"everything"}}, r"no such checks: \['everything'\]"),
+    ],
+)
+def test_wrong_launches_are_refused(options, message):
+    good = {"grid": 1, "block": 64, "args": [torch.zeros(64), torch.zeros(65)]}
+    with pytest.raises(ValueError, match=message):
+        cuda_kernel("off_by_one", "faults.cu").launch(**{**good, **options})
