@@ -35,6 +35,20 @@ D saturate(S x) {
     return D(std::clamp<__int128>(wide, L::min(), L::max()));
 }
 
+// An integer as a double, which holds 53 of its bits: the nearest, the next in a direction, or of the two neighbours the
+// odd one, which a second rounding rounds as it would the integer.
+template <class S>
+double to_double(S x, Round round, bool odd) {
+    double nearest = double(x);
+    __int128 error = __int128(x) - __int128(nearest);
+    if (error == 0) return nearest;
+    double other = std::nextafter(nearest, error > 0 ? INFINITY : -INFINITY);
+    if (odd) return bits_as<uint64_t>(nearest) & 1 ? nearest : other;
+    if (round == Round::NEAREST) return nearest;
+    bool up = round == Round::UP || (round == Round::ZERO && x < 0);
+    return up == (error > 0) ? other : nearest;
+}
+
 template <class D>
 D finish_float(D x, uint32_t mods) {
     if (is_nan(x)) {
@@ -54,12 +68,7 @@ D convert_one(S x, uint32_t mods) {
     if constexpr (IS_INT<D> && IS_INT<S>) {
         return mods & SAT ? saturate<D>(x) : D(x);
     } else if constexpr (IS_INT<S>) {
-        // A double holds 53 bits: what does not fit is rounded to odd first, and again by narrow.
-        double wide = double(x);
-        if constexpr (sizeof(S) == 8 && !std::is_same_v<D, double>) {
-            __int128 error = __int128(x) - __int128(wide);
-            if (error != 0 && !(bits_as<uint64_t>(wide) & 1)) wide = std::nextafter(wide, error > 0 ? INFINITY : -INFINITY);
-        }
+        double wide = std::is_same_v<D, double> ? to_double(x, round, false) : to_double(x, Round::NEAREST, true);
         return finish_float(narrow<D>(wide, round), mods);
     } else {
         if (mods & FTZ && std::is_same_v<S, float>) x = flush(x);
