@@ -90,17 +90,17 @@ def fused(a: Fraction | float, b: Fraction | float, c: Fraction | float, roundin
 def multiply(a: Fraction | float, b: Fraction | float) -> Fraction | float:
     if isinstance(a, Fraction) and isinstance(b, Fraction) and a and b:
         return a * b
-    special = float(_size(a)) * float(_size(b))  # inf, NaN or a zero with its sign
-    return special if special else math.copysign(0.0, math.copysign(1, float(a)) * math.copysign(1, float(b)))
+    return _size(a) * _size(b)  # inf, NaN or a zero with its sign
 
 
 def add(a: Fraction | float, b: Fraction | float, rounding: str = "rn") -> Fraction | float:
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return float(a) + float(b) if not (math.isfinite(a) or math.isfinite(b)) else (b if math.isfinite(a) else a)
+    a_special, b_special = (isinstance(x, float) and not math.isfinite(x) for x in (a, b))
+    if a_special or b_special:
+        return _size(a) + _size(b)
     total = Fraction(a) + Fraction(b)
     if total:
         return total
-    signs = {math.copysign(1, float(_size(a))), math.copysign(1, float(_size(b)))}
+    signs = {math.copysign(1, _size(a)), math.copysign(1, _size(b))}
     negative = signs == {-1} or (len(signs) == 2 and rounding == "rm")
     return -0.0 if negative else Fraction(0)
 
@@ -109,4 +109,4 @@ def _size(x: Fraction | float) -> float:
     """A float of the same sign that is 0, 1, inf or NaN as ``x`` is 0, finite, inf or NaN."""
     if isinstance(x, float):
         return x
-    return 0.0 if x == 0 else math.copysign(1.0, x)
+    return 0.0 if x == 0 else 1.0 if x > 0 else -1.0
