@@ -12,11 +12,11 @@ from tests import ptxsim
 _REGISTER = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
 
 
-def execute(code: str, *inputs: np.ndarray, out: type, outputs: int = 1, block: int | None = None) -> np.ndarray:
+def execute(code: str, *inputs: np.ndarray, out: type, outputs: int = 1, extra: np.ndarray | None = None) -> np.ndarray:
     """Runs ``code`` with a, b, c, ... loaded from ``inputs`` (equally long) and d (d0, d1, ...) stored as ``out``.
 
     Inputs and outputs are taken by their bits. Predicates p, q, r and registers t0 .. t7 (b32), w0, w1 (b64) are free
-    to use. block: threads a block, by default one block's worth of up to 1024.
+    to use; %i is the thread's element. extra: an array of any shape, whose address is the parameter after the inputs'.
     """
     n = len(inputs[0])
     arrays = [np.ascontiguousarray(x) for x in inputs]
@@ -31,7 +31,8 @@ def execute(code: str, *inputs: np.ndarray, out: type, outputs: int = 1, block: 
         f"ld.param.u64 %addr, [o{k}]; mad.wide.u32 %addr, %i, {out_size}, %addr; st.global.b{8 * out_size} [%addr], {name};"
         for k, name in enumerate(names)
     ]
-    params = [f".param .u64 o{k}" for k in range(outputs)] + [f".param .u64 p{k}" for k in range(len(arrays))]
+    pointers = [*arrays, *([np.ascontiguousarray(extra)] if extra is not None else [])]
+    params = [f".param .u64 o{k}" for k in range(outputs)] + [f".param .u64 p{k}" for k in range(len(pointers))]
     lines = [
         ".version 8.0\n.target sm_80\n.address_size 64",
         f".visible .entry probe({', '.join(params)}, .param .u32 n) {{",
@@ -46,8 +47,8 @@ def execute(code: str, *inputs: np.ndarray, out: type, outputs: int = 1, block: 
         "ret; }",
     ]
     results = [np.zeros(n, out) for _ in names]
-    block = block or min(n, 256)
-    args: Sequence[object] = [*map(_tensor, results), *map(_tensor, arrays), n]
+    block = min(n, 256)
+    args: Sequence[object] = [*map(_tensor, results), *map(_tensor, pointers), n]
     ptxsim.load("\n".join(lines)).kernel("probe").launch(-(-n // block), block, args)
     return results[0] if outputs == 1 else np.stack(results)
 
