@@ -122,7 +122,9 @@ def compile_triton(
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = triton.compiler.ASTSource(fn=fn, signature=types, constexprs=dict(constexprs), attrs=attrs)
     target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options})
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options}
+    )
     return TritonKernel(compiled.asm["ptx"], compiled.metadata, [name for name in names if name not in constexprs])
 
 

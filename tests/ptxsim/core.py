@@ -14,7 +14,17 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "core"
 CACHE = Path(__file__).parents[2] / "build" / "ptxsim"
 # Arithmetic is IEEE: no contraction of a * b + c. -fno-math-errno lets square roots vectorise.
-FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-strict-aliasing -fPIC -shared -pthread".split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+]
 
 u32, i32, u64, i64, pointer = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p
 

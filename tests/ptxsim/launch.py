@@ -118,7 +118,10 @@ def _poison(tensor: Tensor, flags: np.ndarray) -> None:
     size = tensor.element_size()
     shape, strides = (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1)
     offset = tensor.storage_offset() * size
-    for memory in (np.frombuffer((ctypes.c_uint8 * len(flags)).from_address(tensor.untyped_storage().data_ptr()), np.uint8), flags):
+    for memory in (
+        np.frombuffer((ctypes.c_uint8 * len(flags)).from_address(tensor.untyped_storage().data_ptr()), np.uint8),
+        flags,
+    ):
         view = np.lib.stride_tricks.as_strided(memory[offset:], shape, strides)
         view[...] = POISON if memory is flags else 0xFF
 
@@ -151,10 +154,14 @@ class Kernel:
         grid3, block3 = _three(grid), _three(block)
         threads, blocks = int(np.prod(block3)), int(np.prod(grid3))
         if not 0 < threads <= 1024 or (lowered.reqntid and threads != np.prod(lowered.reqntid)):
-            raise ValueError(f"{self.name} cannot run {threads} threads a block; it requires {lowered.reqntid or '1 to 1024'}")
+            raise ValueError(
+                f"{self.name} cannot run {threads} threads a block; it requires {lowered.reqntid or '1 to 1024'}"
+            )
         shared_bytes = (-(-lowered.static_shared // 16) * 16 if shared else lowered.static_shared) + shared
         if shared_bytes > shared_limit and "limit" in checks:
-            raise SharedLimit(f"{self.name} wants {shared_bytes} bytes of shared memory a block, the limit is {shared_limit}")
+            raise SharedLimit(
+                f"{self.name} wants {shared_bytes} bytes of shared memory a block, the limit is {shared_limit}"
+            )
 
         space = AddressSpace()
         for variable in lowered.globals:
@@ -168,7 +175,10 @@ class Kernel:
         specials = list(lowered.specials.items())
         first = len(LANE_REGISTERS)
         constants = np.array(
-            [*lowered.constants, *((offset, 4, value) for (_, offset), value in zip(specials[first:], launch_values, strict=False))],
+            [
+                *lowered.constants,
+                *((offset, 4, value) for (_, offset), value in zip(specials[first:], launch_values, strict=False)),
+            ],
             dtype=np.int64,
         )
         order = np.arange(blocks, dtype=np.uint64)
@@ -176,7 +186,15 @@ class Kernel:
         counts = np.zeros((4, len(lowered.code)), np.uint64)
         allocations = (core.Allocation * max(len(space.ranges), 1))(
             *(
-                core.Allocation(r.host, r.size, r.flags.ctypes.data, r.writer.ctypes.data, r.reader.ctypes.data, r.granule, r.writable)
+                core.Allocation(
+                    r.host,
+                    r.size,
+                    r.flags.ctypes.data,
+                    r.writer.ctypes.data,
+                    r.reader.ctypes.data,
+                    r.granule,
+                    r.writable,
+                )
                 for r in space.ranges
             )
         )
@@ -210,10 +228,7 @@ class Kernel:
         seconds = time.perf_counter() - start
         if outcome.kind >= 0:
             self._raise(outcome, grid3, block3)
-        used = {
-            r.name: _param(r, allocation.traffic)
-            for r, allocation in zip(space.ranges, allocations, strict=False)
-        }
+        used = {r.name: _param(r, allocation.traffic) for r, allocation in zip(space.ranges, allocations, strict=False)}
         macs, barriers = launch.counters.macs, launch.counters.barriers
         return tally(lowered.statements, *counts, macs=macs, barriers=barriers, params=used, seconds=seconds)
 

@@ -20,16 +20,44 @@ INSTRUCTION = np.dtype([("op", "i4"), ("guard", "i4"), ("guard_flip", "u4"), ("m
 # Mod in core/machine.h, in its order.
 MODS = {
     name: 1 << bit
-    for bit, name in enumerate("ftz sat rn rz rm rp rni rzi rmi rpi rna approx full NaN relu".split())
+    for bit, name in enumerate(
+        ["ftz", "sat", "rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna", "approx", "full", "NaN", "relu"]
+    )
 }
-COMPARISONS = {name: code for code, name in enumerate("eq ne lt le gt ge equ neu ltu leu gtu geu num nan".split())}
+COMPARISONS = {
+    name: code
+    for code, name in enumerate(
+        ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
+    )
+}
 COMPARISONS |= {"lo": 2, "ls": 3, "hi": 4, "hs": 5}
 COMBINATIONS = {"and": 1, "or": 2, "xor": 3}
 # What each lane or warp finds in a special register; start_warp in core/machine.cpp fills them in this order.
-LANE_REGISTERS = "tid.x tid.y tid.z laneid warpid lanemask_eq lanemask_lt lanemask_le lanemask_gt lanemask_ge".split()
+LANE_REGISTERS = [
+    "tid.x",
+    "tid.y",
+    "tid.z",
+    "laneid",
+    "warpid",
+    "lanemask_eq",
+    "lanemask_lt",
+    "lanemask_le",
+    "lanemask_gt",
+    "lanemask_ge",
+]
 # Launch constants; launch.py knows their values.
-LAUNCH_REGISTERS = "ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z dynamic_smem_size total_smem_size nwarpid".split()
-BLOCK_REGISTERS = "ctaid.x ctaid.y ctaid.z".split()
+LAUNCH_REGISTERS = [
+    "ntid.x",
+    "ntid.y",
+    "ntid.z",
+    "nctaid.x",
+    "nctaid.y",
+    "nctaid.z",
+    "dynamic_smem_size",
+    "total_smem_size",
+    "nwarpid",
+]
+BLOCK_REGISTERS = ["ctaid.x", "ctaid.y", "ctaid.z"]
 
 # Sources that are not as wide as the operation's type: position to bytes, 0 for twice the type.
 WIDTHS = {
@@ -45,7 +73,9 @@ WIDTHS = {
     "match": {0: 4, 2: 4},
 }
 # Tokens of loads and stores that say how, not what.
-CACHING = re.compile(r"(L1|L2)::\w+|ca|cg|cs|cv|lu|wb|wt|nc|weak|global|shared(::cta)?|local|param|const|v[248]|cta|gpu|sys|cluster")
+CACHING = re.compile(
+    r"(L1|L2)::\w+|ca|cg|cs|cv|lu|wb|wt|nc|weak|global|shared(::cta)?|local|param|const|v[248]|cta|gpu|sys|cluster"
+)
 STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
 
 
@@ -77,9 +107,7 @@ class _Lowering:
         self.size = 0
         self.registers: dict[str, int] = {}
         self.constants: dict[tuple[int, int], int] = {}
-        self.specials = {
-            name: self.allocate(4) for name in (*LANE_REGISTERS, *LAUNCH_REGISTERS, *BLOCK_REGISTERS)
-        }
+        self.specials = {name: self.allocate(4) for name in (*LANE_REGISTERS, *LAUNCH_REGISTERS, *BLOCK_REGISTERS)}
         self.carry = self.allocate(0)
         self.symbols: dict[str, int] = {}
         self.globals: list[Variable] = []

@@ -86,7 +86,9 @@ def parse(text: str) -> ModuleText:
             module.kernels[kernel.name] = kernel
         elif re.match(r"(\.\w+\s+)*\.func\b", head):
             if body:
-                raise Unsupported(f"a device function that is not inlined, PTX line {line}: {head.split('(')[0].strip()}")
+                raise Unsupported(
+                    f"a device function that is not inlined, PTX line {line}: {head.split('(')[0].strip()}"
+                )
         elif variable := _parse_variable(head + body):
             module.variables[variable.name] = variable
     return module

@@ -101,9 +101,9 @@ def instruction_class(opcode: str) -> str:
 
 
 _SPACES = ("global", "shared", "local", "param", "const")
-_CLASSES = {name: "barrier" for name in ("bar", "barrier", "membar", "fence")}
-_CLASSES |= {name: "shuffle" for name in ("shfl", "vote", "match", "redux", "activemask", "elect")}
-_CLASSES |= {name: "branch" for name in ("bra", "ret", "exit", "trap", "call")}
+_CLASSES = dict.fromkeys(("bar", "barrier", "membar", "fence"), "barrier")
+_CLASSES |= dict.fromkeys(("shfl", "vote", "match", "redux", "activemask", "elect"), "shuffle")
+_CLASSES |= dict.fromkeys(("bra", "ret", "exit", "trap", "call"), "branch")
 _CLASSES |= {"atom": "atomic", "red": "atomic", "cvt": "convert", "cvta": "convert", "setp": "compare"}
 _CLASSES |= {"mov": "move", "selp": "move", "slct": "move", "prmt": "move"}
 

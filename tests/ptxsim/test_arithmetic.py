@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.ptxsim import exact
-from tests.ptxsim.exact import BF16, F16, F32, FORMATS
+from tests.ptxsim.exact import F16, F32, FORMATS
 from tests.ptxsim.instruction import execute
 
 UINT = {16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -18,8 +18,24 @@ def edges(fmt):
     """Codes of one sign: 0, the subnormals' ends, the least normal, around 1, halves, the largest, infinity, NaN."""
     one = fmt.bias << fmt.mantissa
     least = 1 << fmt.mantissa
-    finite = [0, 1, 2, least - 1, least, least + 1, one - 1, one, one + 1, fmt.code(Fraction(5, 2)), fmt.code(Fraction(1, 3))]
-    finite += [fmt.code(Fraction(2) ** (fmt.mantissa + 1) + 2), fmt.code(Fraction(2) ** -(fmt.mantissa + 1)), fmt.infinity - 1]
+    finite = [
+        0,
+        1,
+        2,
+        least - 1,
+        least,
+        least + 1,
+        one - 1,
+        one,
+        one + 1,
+        fmt.code(Fraction(5, 2)),
+        fmt.code(Fraction(1, 3)),
+    ]
+    finite += [
+        fmt.code(Fraction(2) ** (fmt.mantissa + 1) + 2),
+        fmt.code(Fraction(2) ** -(fmt.mantissa + 1)),
+        fmt.infinity - 1,
+    ]
     both = [code | sign for code in [*finite, fmt.infinity] for sign in (0, fmt.sign)]
     return [*both, fmt.infinity + 1, fmt.nan]
 
@@ -52,9 +68,16 @@ def test_rounding_modes(kind, rounding):
     pairs, triples = product(fmt, 2), product(fmt, 3, step=3)
     add, multiply, fused = exact.add, exact.multiply, exact.fused
     check(fmt, f"add.{rounding}.{kind} d, a, b;", pairs, lambda a, b: fmt.code(add(a, b, rounding), rounding))
-    check(fmt, f"sub.{rounding}.{kind} d, a, b;", pairs, lambda a, b: fmt.code(add(a, exact.multiply(b, Fraction(-1)), rounding), rounding))
+    check(
+        fmt,
+        f"sub.{rounding}.{kind} d, a, b;",
+        pairs,
+        lambda a, b: fmt.code(add(a, exact.multiply(b, Fraction(-1)), rounding), rounding),
+    )
     check(fmt, f"mul.{rounding}.{kind} d, a, b;", pairs, lambda a, b: fmt.code(multiply(a, b), rounding))
-    check(fmt, f"fma.{rounding}.{kind} d, a, b, c;", triples, lambda a, b, c: fmt.code(fused(a, b, c, rounding), rounding))
+    check(
+        fmt, f"fma.{rounding}.{kind} d, a, b, c;", triples, lambda a, b, c: fmt.code(fused(a, b, c, rounding), rounding)
+    )
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64"])
@@ -164,9 +187,13 @@ def test_approximations_are_rounded_once(name):
         flushed = np.where(np.abs(x) < 2**-126, np.copysign(0, x), x).astype(np.float64)
         expected_ftz = APPROXIMATIONS[name](flushed).astype(np.float32)
         expected_ftz = np.where(np.abs(expected_ftz) < 2**-126, np.copysign(np.float32(0), expected_ftz), expected_ftz)
-    np.testing.assert_array_almost_equal_nulp(*both_finite(execute(f"{name}.approx.f32 d, a;", x, out=np.float32), expected), 1)
+    np.testing.assert_array_almost_equal_nulp(
+        *both_finite(execute(f"{name}.approx.f32 d, a;", x, out=np.float32), expected), 1
+    )
     if name != "tanh":
-        np.testing.assert_array_almost_equal_nulp(*both_finite(execute(f"{name}.approx.ftz.f32 d, a;", x, out=np.float32), expected_ftz), 1)
+        np.testing.assert_array_almost_equal_nulp(
+            *both_finite(execute(f"{name}.approx.ftz.f32 d, a;", x, out=np.float32), expected_ftz), 1
+        )
 
 
 def both_finite(result, expected):
@@ -211,7 +238,9 @@ def test_widening_is_exact():
         step = 37  # every 37th value in exact arithmetic
         assert result[::step].tolist() == [F32.code(fmt.value(code)) for code in codes[::step].tolist()]
     halves = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
-    np.testing.assert_array_equal(execute("cvt.f32.f16 d, a;", halves, out=np.float32), halves.view(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(
+        execute("cvt.f32.f16 d, a;", halves, out=np.float32), halves.view(np.float16).astype(np.float32)
+    )
 
 
 def test_double_to_float():
@@ -230,8 +259,33 @@ def near_double(code):
 
 
 def test_tf32_rounds_halves_away_and_keeps_ten_bits():
-    codes = np.array([0x3F800000, 0x3F800FFF, 0x3F801000, 0x3F801001, 0xBF801000, 0x3F803000, 0x7F7FFFFF, 0x7F800000, 0x00000FFF, 0x00001000], np.uint32)
-    expected = [0x3F800000, 0x3F800000, 0x3F802000, 0x3F802000, 0xBF802000, 0x3F804000, 0x7F800000, 0x7F800000, 0, 0x2000]
+    codes = np.array(
+        [
+            0x3F800000,
+            0x3F800FFF,
+            0x3F801000,
+            0x3F801001,
+            0xBF801000,
+            0x3F803000,
+            0x7F7FFFFF,
+            0x7F800000,
+            0x00000FFF,
+            0x00001000,
+        ],
+        np.uint32,
+    )
+    expected = [
+        0x3F800000,
+        0x3F800000,
+        0x3F802000,
+        0x3F802000,
+        0xBF802000,
+        0x3F804000,
+        0x7F800000,
+        0x7F800000,
+        0,
+        0x2000,
+    ]
     assert execute("cvt.rna.tf32.f32 d, a;", codes, out=np.uint32).tolist() == expected
 
 
@@ -256,15 +310,24 @@ def test_float_to_integer_saturates(source, target):
             if math.isnan(value):
                 expected = nan - (1 << bits) if signed and nan else nan
             else:
-                expected = low if value < low else high if value > high else max(low, min(high, integral(Fraction(value))))
-            assert got == expected & mask, f"cvt.{rounding}.{target}.{source} of {code:#x} is {got:#x}, expected {expected & mask:#x}"
+                expected = (
+                    low if value < low else high if value > high else max(low, min(high, integral(Fraction(value))))
+                )
+            assert got == expected & mask, (
+                f"cvt.{rounding}.{target}.{source} of {code:#x} is {got:#x}, expected {expected & mask:#x}"
+            )
 
 
 @pytest.mark.parametrize("target", ["f32", "f16", "bf16", "f64"])
 @pytest.mark.parametrize("source", ["s64", "u64", "s32", "u32"])
 def test_integer_to_float(source, target):
     bits, fmt = int(source[1:]), FORMATS[target]
-    values = {s * ((1 << k) + d) for k in range(bits + 1) for d in (-1, 0, 1, (1 << k) >> 12, ((1 << k) >> 24) + 1) for s in (1, -1)}
+    values = {
+        s * ((1 << k) + d)
+        for k in range(bits + 1)
+        for d in (-1, 0, 1, (1 << k) >> 12, ((1 << k) >> 24) + 1)
+        for s in (1, -1)
+    }
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if source[0] == "s" else (0, (1 << bits) - 1)
     values = sorted(v for v in values if low <= v <= high)
     codes = np.array([v & ((1 << bits) - 1) for v in values], UINT[bits])

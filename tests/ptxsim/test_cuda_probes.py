@@ -70,7 +70,12 @@ def test_divergent_loops_with_early_exits():
 
 
 class Task(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_uint64), ("rows", ctypes.c_int), ("columns", ctypes.c_int), ("scale", ctypes.c_float * 3)]
+    _fields_ = [
+        ("x", ctypes.c_uint64),
+        ("rows", ctypes.c_int),
+        ("columns", ctypes.c_int),
+        ("scale", ctypes.c_float * 3),
+    ]
 
 
 @pytest.mark.parametrize("order", range(3))

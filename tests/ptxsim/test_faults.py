@@ -22,7 +22,9 @@ def launch(name, checks=ALL_CHECKS, *, grid=1, extra=(), shared=0, wrap=lambda x
     x = torch.arange(1, 65 * grid, dtype=torch.float32)[: 64 * grid]
     out = torch.zeros(64)
     kernel = cuda_kernel(name, "faults.cu")
-    return kernel.launch(grid, 64, [wrap(out), x, *extra], shared=shared, checks=checks, seed=seed, max_instructions=100_000)
+    return kernel.launch(
+        grid, 64, [wrap(out), x, *extra], shared=shared, checks=checks, seed=seed, max_instructions=100_000
+    )
 
 
 # kernel, launch options, detector, what it raises, its sentence, the guilty code, thread (None: any)

@@ -8,7 +8,25 @@ import pytest
 from tests.ptxsim.instruction import execute
 
 TYPES = {"s16": np.int16, "u16": np.uint16, "s32": np.int32, "u32": np.uint32, "s64": np.int64, "u64": np.uint64}
-NUMBERS = [0, 1, 2, 3, 7, 100, -1, -2, -7, 1 << 7, 1 << 15, (1 << 15) - 1, 1 << 31, (1 << 31) - 1, 0x12345678, 1 << 63, (1 << 63) - 1]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    100,
+    -1,
+    -2,
+    -7,
+    1 << 7,
+    1 << 15,
+    (1 << 15) - 1,
+    1 << 31,
+    (1 << 31) - 1,
+    0x12345678,
+    1 << 63,
+    (1 << 63) - 1,
+]
 
 
 def operands(kind, times):
@@ -16,7 +34,9 @@ def operands(kind, times):
     bits = 8 * np.dtype(dtype).itemsize
     values = sorted({v & ((1 << bits) - 1) for v in NUMBERS})
     unsigned = np.dtype(f"u{bits // 8}")
-    return [np.array(column, unsigned).view(dtype) for column in zip(*itertools.product(values, repeat=times), strict=True)]
+    return [
+        np.array(column, unsigned).view(dtype) for column in zip(*itertools.product(values, repeat=times), strict=True)
+    ]
 
 
 def wrap(value, dtype):
@@ -80,8 +100,18 @@ def test_saturating_addition():
 def test_carries_run_through_a_chain():
     a, b = operands("u64", 2)
     split = "mov.b64 {t0, t1}, a; mov.b64 {t2, t3}, b;"
-    check(f"{split} add.cc.u32 t0, t0, t2; addc.u32 t1, t1, t3; mov.b64 d, {{t0, t1}};", [a, b], np.uint64, lambda a, b: a + b)
-    check(f"{split} sub.cc.u32 t0, t0, t2; subc.cc.u32 t1, t1, t3; mov.b64 d, {{t0, t1}};", [a, b], np.uint64, lambda a, b: a - b)
+    check(
+        f"{split} add.cc.u32 t0, t0, t2; addc.u32 t1, t1, t3; mov.b64 d, {{t0, t1}};",
+        [a, b],
+        np.uint64,
+        lambda a, b: a + b,
+    )
+    check(
+        f"{split} sub.cc.u32 t0, t0, t2; subc.cc.u32 t1, t1, t3; mov.b64 d, {{t0, t1}};",
+        [a, b],
+        np.uint64,
+        lambda a, b: a - b,
+    )
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])
@@ -111,7 +141,12 @@ def test_bit_counting(bits):
     check(f"clz.b{bits} d, a;", a, np.uint32, lambda a: bits - a.bit_length())
     check(f"brev.b{bits} d, a;", a, dtype, lambda a: int(f"{a:0{bits}b}"[::-1], 2))
     check(f"bfind.u{bits} d, a;", a, np.uint32, lambda a: a.bit_length() - 1)
-    check(f"bfind.s{bits} d, a;", [a[0].view(TYPES[f's{bits}'])], np.uint32, lambda a: (a if a >= 0 else ~a).bit_length() - 1)
+    check(
+        f"bfind.s{bits} d, a;",
+        [a[0].view(TYPES[f"s{bits}"])],
+        np.uint32,
+        lambda a: (a if a >= 0 else ~a).bit_length() - 1,
+    )
 
 
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
@@ -145,7 +180,10 @@ def test_bit_fields(kind):
 def test_permutation_of_bytes():
     a, b = np.array([0x83020100, 0x80FF7F01], np.uint32), np.array([0x07060504, 0x11223344], np.uint32)
     selectors = np.array([0x3210, 0x7654, 0x5410, 0x7632, 0xBBBB, 0x0B3F, 0x8888], np.uint32)
-    columns = [np.array(c, np.uint32) for c in zip(*((x, y, s) for x, y in zip(a, b, strict=True) for s in selectors), strict=True)]
+    columns = [
+        np.array(c, np.uint32)
+        for c in zip(*((x, y, s) for x, y in zip(a, b, strict=True) for s in selectors), strict=True)
+    ]
 
     def permute(a, b, selector):
         both, result = b << 32 | a, 0
@@ -184,7 +222,9 @@ def test_selection():
 def test_moves_pack_and_unpack():
     a = np.array([0x1122334455667788], np.uint64)
     assert execute("mov.b64 {t0, t1}, a; mov.b64 d, {t1, t0};", a, out=np.uint64)[0] == 0x5566778811223344
-    code = ".reg .b16 h<4>; mov.b64 {h0, h1, h2, h3}, a; mov.b32 t0, {h3, h0}; mov.b32 {_, h2}, t0; mov.b32 d, {h2, h3};"
+    code = (
+        ".reg .b16 h<4>; mov.b64 {h0, h1, h2, h3}, a; mov.b32 t0, {h3, h0}; mov.b32 {_, h2}, t0; mov.b32 d, {h2, h3};"
+    )
     assert execute(code, a, out=np.uint32)[0] == 0x11227788
 
 

@@ -68,7 +68,11 @@ def test_matmul(dtype, precision, rounding, stages):
         kernels.matmul,
         (2, 2),
         *(a, b, ptxsim.Out(c), M, N, K),
-        **dict(BM=64, BN=64, BK=32, PRECISION=precision, num_stages=stages),
+        BM=64,
+        BN=64,
+        BK=32,
+        PRECISION=precision,
+        num_stages=stages,
     )
     assert_near(c, a.double() @ b.double(), rounding=rounding)
     padded = 2 * 64 * 2 * 64 * 224
@@ -87,7 +91,11 @@ def test_flash_attention(dtype, N, D, stages):
             kernels.flash_attention,
             -(-N // 64),
             *(q, k, v, ptxsim.Out(out), N, scale),
-            **dict(BM=64, BN=64, D=D, num_stages=stages, launch={"seed": seed}),
+            BM=64,
+            BN=64,
+            D=D,
+            num_stages=stages,
+            launch={"seed": seed},
         )
         truth = torch.softmax(q.double() @ k.double().T / math.sqrt(D), -1) @ v.double()
         assert_near(out, truth, rounding=2 * torch.finfo(dtype).eps)

@@ -232,9 +232,16 @@ def test_mma_with_float_accumulators(kind, K):
 def test_mma_with_half_accumulators(K):
     A, B, C = draw((16, K)), draw((K, 8), 1), draw((16, 8), 2)
     halves = lambda m: [  # noqa: E731
-        np.stack([m[accumulator_place(2 * r + e)] for e in range(2)], 1).astype(np.float16).view(np.uint32).flatten() for r in range(2)
+        np.stack([m[accumulator_place(2 * r + e)] for e in range(2)], 1).astype(np.float16).view(np.uint32).flatten()
+        for r in range(2)
     ]
-    result = run_mma(f"mma.sync.aligned.m16n8k{K}.row.col.f16.f16.f16.f16", fragment(A, 16, "f16"), fragment(B.T, 8, "f16"), halves(C), 2)
+    result = run_mma(
+        f"mma.sync.aligned.m16n8k{K}.row.col.f16.f16.f16.f16",
+        fragment(A, 16, "f16"),
+        fragment(B.T, 8, "f16"),
+        halves(C),
+        2,
+    )
     for got, expected in zip(result, halves(A @ B + C), strict=True):
         np.testing.assert_array_equal(got, expected)
 

@@ -169,3 +169,32 @@ extern "C" __global__ void tiles_of_eight(int* out, const int* x) {
     for (int step = 4; step; step /= 2) sum += tile.shfl_xor(sum, step);
     out[threadIdx.x] = sum + 1000 * __syncthreads_count(x[threadIdx.x] > 0);
 }
+
+// out[i * out_stride] = x[offset + i * x_stride], one T for each thread.
+template <class T>
+__device__ void copy_strided(T* out, const T* x, int n, int offset, int x_stride, int out_stride) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i * out_stride] = x[offset + i * x_stride];
+}
+extern "C" __global__ void copy_strided_2(uint16_t* out, const uint16_t* x, int n, int offset, int x_stride, int out_stride) {
+    copy_strided(out, x, n, offset, x_stride, out_stride);
+}
+extern "C" __global__ void copy_strided_4(float* out, const float* x, int n, int offset, int x_stride, int out_stride) {
+    copy_strided(out, x, n, offset, x_stride, out_stride);
+}
+extern "C" __global__ void copy_strided_16(float4* out, const float4* x, int n, int offset, int x_stride, int out_stride) {
+    copy_strided(out, x, n, offset, x_stride, out_stride);
+}
+
+// One warp reverses its elements through shared memory, lanes STRIDE elements apart.
+template <class T>
+__device__ void shared_strided(T* out, const T* x, int stride) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    T* s = reinterpret_cast<T*>(memory);
+    s[threadIdx.x * stride] = x[threadIdx.x];
+    __syncwarp();
+    out[threadIdx.x] = s[(31 - threadIdx.x) * stride];
+}
+extern "C" __global__ void shared_strided_4(float* out, const float* x, int stride) { shared_strided(out, x, stride); }
+extern "C" __global__ void shared_strided_8(float2* out, const float2* x, int stride) { shared_strided(out, x, stride); }
+extern "C" __global__ void shared_strided_16(float4* out, const float4* x, int stride) { shared_strided(out, x, stride); }
