@@ -9,22 +9,14 @@ import os
 import platform
 import subprocess
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "core"
 CACHE = Path(__file__).parents[2] / "build" / "ptxsim"
 # Arithmetic is IEEE: no contraction of a * b + c. -fno-math-errno lets square roots vectorise.
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-strict-aliasing",
-    "-fPIC",
-    "-shared",
-    "-pthread",
-]
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC")
 
 u32, i32, u64, i64, pointer = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p
 
@@ -96,13 +88,15 @@ class Outcome(ctypes.Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The core, built if no build of these sources is at hand."""
-    library = ctypes.CDLL(str(_build()))
-    library.ptxsim_operation.argtypes = [ctypes.c_char_p, u32]
-    library.ptxsim_operation.restype = i32
-    library.ptxsim_run.argtypes = [ctypes.POINTER(Launch), ctypes.POINTER(Outcome)]
-    library.ptxsim_run.restype = None
-    return library
+    """The core, built if no build of these sources is at hand; a build that failed is not tried again."""
+    if isinstance(library := _build(), RuntimeError):
+        raise library
+    core = ctypes.CDLL(str(library))
+    core.ptxsim_operation.argtypes = [ctypes.c_char_p, u32]
+    core.ptxsim_operation.restype = i32
+    core.ptxsim_run.argtypes = [ctypes.POINTER(Launch), ctypes.POINTER(Outcome)]
+    core.ptxsim_run.restype = None
+    return core
 
 
 def lookup(name: str, mods: int) -> int:
@@ -110,28 +104,27 @@ def lookup(name: str, mods: int) -> int:
     return load().ptxsim_operation(name.encode(), mods)
 
 
-def _build() -> Path:
-    sources = sorted(SOURCES.iterdir())
+@functools.cache
+def _build() -> Path | RuntimeError:
+    """Where the library is, or why it could not be built."""
     compiler = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0]
     digest = hashlib.sha256(" ".join([compiler, *FLAGS, platform.platform(), _cpu()]).encode())
-    for source in sources:
+    for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     target = CACHE / f"core-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        jobs = []
-        objects = []
-        for source in sources:
-            if source.suffix == ".cpp":
-                objects.append(CACHE / f"{source.stem}.{os.getpid()}.o")
-                jobs.append(subprocess.Popen([compiler, *FLAGS[:-2], "-c", source, "-o", objects[-1]]))
-        failed = [job.args for job in jobs if job.wait()]
-        if failed:
-            raise RuntimeError(f"the simulator's core did not compile: {failed}")
-        subprocess.run([compiler, *FLAGS, *objects, "-o", partial], check=True)
-        for built in objects:
-            built.unlink()
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        objects = {source: Path(folder) / f"{source.stem}.o" for source in SOURCES.glob("*.cpp")}
+        run = functools.partial(subprocess.run, stderr=subprocess.PIPE, text=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(lambda pair: run([compiler, *FLAGS, "-c", pair[0], "-o", pair[1]]), objects.items())
+            steps = list(compiled)
+        partial = Path(folder) / target.name
+        steps.append(run([compiler, "-shared", *objects.values(), "-o", partial]))
+        if any(step.returncode for step in steps):
+            return RuntimeError("the simulator's core was not built:\n" + "".join(step.stderr for step in steps))
         partial.replace(target)
     return target
 

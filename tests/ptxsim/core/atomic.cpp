@@ -10,27 +10,18 @@ namespace {
 
 
 
-template <class T> struct Add { static T of(T old, T b, T) { return T(old + b); } };
-template <> struct Add<Half> { static Half of(Half old, Half b, Half) { return narrow<Half>(double(widen(old)) + widen(b)); } };
-template <> struct Add<Bf16> { static Bf16 of(Bf16 old, Bf16 b, Bf16) { return narrow<Bf16>(double(widen(old)) + widen(b)); } };
-template <class T> struct AddPair {
-    static uint32_t of(uint32_t old, uint32_t b, uint32_t) {
-        auto half = [](uint32_t x, uint32_t y) { return uint32_t(Add<T>::of({uint16_t(x)}, {uint16_t(y)}, {}).bits); };
-        return half(old >> 16, b >> 16) << 16 | half(old & 0xFFFF, b & 0xFFFF);
-    }
-};
-template <class T> struct Min { static T of(T old, T b, T) { return std::min(old, b); } };
-template <class T> struct Max { static T of(T old, T b, T) { return std::max(old, b); } };
-template <class T> struct And { static T of(T old, T b, T) { return old & b; } };
-template <class T> struct Or { static T of(T old, T b, T) { return old | b; } };
-template <class T> struct Xor { static T of(T old, T b, T) { return old ^ b; } };
-template <class T> struct Exchange { static T of(T, T b, T) { return b; } };
-template <class T> struct Compare { static T of(T old, T b, T c) { return old == b ? c : old; } };
-template <class T> struct Inc { static T of(T old, T b, T) { return old >= b ? 0 : old + 1; } };
-template <class T> struct Dec { static T of(T old, T b, T) { return old == 0 || old > b ? b : old - 1; } };
+template <class T> T sum(T old, T b) {
+    if constexpr (std::is_arithmetic_v<T>) return T(old + b);
+    else return narrow<T>(double(widen(old)) + double(widen(b)));
+}
 
-// a: result (-1: none), base, its bytes, offset, space, b, c (-1: none)
-template <class T, class F>
+template <class T> uint32_t pair_sum(uint32_t old, uint32_t b) {
+    auto half = [](uint32_t x, uint32_t y) { return uint32_t(sum(T{uint16_t(x)}, T{uint16_t(y)}).bits); };
+    return half(old >> 16, b >> 16) << 16 | half(old, b);
+}
+
+// F(old, b), or F(old, b, c) for cas. a: result (-1: none), base, its bytes, offset, space, b, c (-1: none)
+template <class T, auto F>
 void update(Warp& w, const Instr& i, Mask m) {
     Request request(w, Use::ATOMIC);
     Wavefronts wavefronts(w, sizeof(T));
@@ -53,7 +44,9 @@ void update(Warp& w, const Instr& i, Mask m) {
         if (!where) continue;
         T old, b = w.reg<T>(i.a[5])[lane], c = i.a[6] < 0 ? b : w.reg<T>(i.a[6])[lane];
         memcpy(&old, where, sizeof old);
-        T value = F::of(old, b, c);
+        T value;
+        if constexpr (std::is_invocable_v<decltype(F), T, T, T>) value = F(old, b, c);
+        else value = F(old, b);
         memcpy(where, &value, sizeof value);
         if (i.a[0] >= 0) w.reg<T>(i.a[0])[lane] = old;
     }
@@ -61,18 +54,18 @@ void update(Warp& w, const Instr& i, Mask m) {
 
 template <class T>
 void add_integers(Table& t, const std::string& type) {
-    t["atom.add." + type] = {update<T, Add<T>>, 0};
-    t["atom.min." + type] = {update<T, Min<T>>, 0};
-    t["atom.max." + type] = {update<T, Max<T>>, 0};
+    t["atom.add." + type] = {update<T, sum<T>>, 0};
+    t["atom.min." + type] = {update<T, [](T old, T b) { return std::min(old, b); }>, 0};
+    t["atom.max." + type] = {update<T, [](T old, T b) { return std::max(old, b); }>, 0};
 }
 
 template <class T>
 void add_bits(Table& t, const std::string& type) {
-    t["atom.and." + type] = {update<T, And<T>>, 0};
-    t["atom.or." + type] = {update<T, Or<T>>, 0};
-    t["atom.xor." + type] = {update<T, Xor<T>>, 0};
-    t["atom.exch." + type] = {update<T, Exchange<T>>, 0};
-    t["atom.cas." + type] = {update<T, Compare<T>>, 0};
+    t["atom.and." + type] = {update<T, [](T old, T b) { return T(old & b); }>, 0};
+    t["atom.or." + type] = {update<T, [](T old, T b) { return T(old | b); }>, 0};
+    t["atom.xor." + type] = {update<T, [](T old, T b) { return T(old ^ b); }>, 0};
+    t["atom.exch." + type] = {update<T, [](T, T b) { return b; }>, 0};
+    t["atom.cas." + type] = {update<T, [](T old, T b, T c) { return old == b ? c : old; }>, 0};
 }
 
 }  // namespace
@@ -82,17 +75,17 @@ void add_atomic(Table& t) {
     add_integers<int32_t>(t, "s32");
     add_integers<uint64_t>(t, "u64");
     add_integers<int64_t>(t, "s64");
+    add_bits<uint16_t>(t, "b16");
     add_bits<uint32_t>(t, "b32");
     add_bits<uint64_t>(t, "b64");
-    t["atom.cas.b16"] = {update<uint16_t, Compare<uint16_t>>, 0};
-    t["atom.inc.u32"] = {update<uint32_t, Inc<uint32_t>>, 0};
-    t["atom.dec.u32"] = {update<uint32_t, Dec<uint32_t>>, 0};
-    t["atom.add.f32"] = {update<float, Add<float>>, 0};
-    t["atom.add.f64"] = {update<double, Add<double>>, 0};
-    t["atom.add.f16"] = {update<Half, Add<Half>>, 0};
-    t["atom.add.bf16"] = {update<Bf16, Add<Bf16>>, 0};
-    t["atom.add.f16x2"] = {update<uint32_t, AddPair<Half>>, 0};
-    t["atom.add.bf16x2"] = {update<uint32_t, AddPair<Bf16>>, 0};
+    t["atom.inc.u32"] = {update<uint32_t, [](uint32_t old, uint32_t b) { return old >= b ? 0 : old + 1; }>, 0};
+    t["atom.dec.u32"] = {update<uint32_t, [](uint32_t old, uint32_t b) { return old == 0 || b < old ? b : old - 1; }>, 0};
+    t["atom.add.f32"] = {update<float, sum<float>>, 0};
+    t["atom.add.f64"] = {update<double, sum<double>>, 0};
+    t["atom.add.f16"] = {update<Half, sum<Half>>, 0};
+    t["atom.add.bf16"] = {update<Bf16, sum<Bf16>>, 0};
+    t["atom.add.f16x2"] = {update<uint32_t, pair_sum<Half>>, 0};
+    t["atom.add.bf16x2"] = {update<uint32_t, pair_sum<Bf16>>, 0};
 }
 
 }  // namespace ptxsim

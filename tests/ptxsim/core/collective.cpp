@@ -84,21 +84,14 @@ void match_any(Warp& w, const Instr& i, Mask m) {
     });
 }
 
-template <class T> struct Sum { static T of(T a, T b) { return T(uint32_t(a) + uint32_t(b)); } };
-template <class T> struct Least { static T of(T a, T b) { return std::min(a, b); } };
-template <class T> struct Most { static T of(T a, T b) { return std::max(a, b); } };
-template <class T> struct And { static T of(T a, T b) { return a & b; } };
-template <class T> struct Or { static T of(T a, T b) { return a | b; } };
-template <class T> struct Xor { static T of(T a, T b) { return a ^ b; } };
-
 // a: result, source, members
-template <class T, class F>
+template <class T, auto F>
 void reduce(Warp& w, const Instr& i, Mask m) {
     T x[LANES];
     std::copy_n(w.reg<T>(i.a[1]), LANES, x);
     for_members(w, m, i.a[2], [&](int lane, Mask members) {
         T total = x[__builtin_ctz(members)];
-        for (Mask rest = members & (members - 1); rest; rest &= rest - 1) total = F::of(total, x[__builtin_ctz(rest)]);
+        for (Mask rest = members & (members - 1); rest; rest &= rest - 1) total = F(total, x[__builtin_ctz(rest)]);
         w.reg<T>(i.a[0])[lane] = total;
     });
 }
@@ -132,14 +125,16 @@ void add_collective(Table& t) {
     t["vote.sync.uni.pred"] = {vote<UNI>, 0};
     t["match.any.sync.b32"] = {match_any<uint32_t>, 0};
     t["match.any.sync.b64"] = {match_any<uint64_t>, 0};
-    t["redux.sync.add.u32"] = t["redux.sync.add.s32"] = {reduce<uint32_t, Sum<uint32_t>>, 0};
-    t["redux.sync.min.u32"] = {reduce<uint32_t, Least<uint32_t>>, 0};
-    t["redux.sync.min.s32"] = {reduce<int32_t, Least<int32_t>>, 0};
-    t["redux.sync.max.u32"] = {reduce<uint32_t, Most<uint32_t>>, 0};
-    t["redux.sync.max.s32"] = {reduce<int32_t, Most<int32_t>>, 0};
-    t["redux.sync.and.b32"] = {reduce<uint32_t, And<uint32_t>>, 0};
-    t["redux.sync.or.b32"] = {reduce<uint32_t, Or<uint32_t>>, 0};
-    t["redux.sync.xor.b32"] = {reduce<uint32_t, Xor<uint32_t>>, 0};
+    using U = uint32_t;
+    using S = int32_t;
+    t["redux.sync.add.u32"] = t["redux.sync.add.s32"] = {reduce<U, [](U x, U y) { return x + y; }>, 0};
+    t["redux.sync.min.u32"] = {reduce<U, [](U x, U y) { return std::min(x, y); }>, 0};
+    t["redux.sync.min.s32"] = {reduce<S, [](S x, S y) { return std::min(x, y); }>, 0};
+    t["redux.sync.max.u32"] = {reduce<U, [](U x, U y) { return std::max(x, y); }>, 0};
+    t["redux.sync.max.s32"] = {reduce<S, [](S x, S y) { return std::max(x, y); }>, 0};
+    t["redux.sync.and.b32"] = {reduce<U, [](U x, U y) { return x & y; }>, 0};
+    t["redux.sync.or.b32"] = {reduce<U, [](U x, U y) { return x | y; }>, 0};
+    t["redux.sync.xor.b32"] = {reduce<U, [](U x, U y) { return x ^ y; }>, 0};
     t["activemask.b32"] = {active_mask, 0};
     t["elect.sync"] = {elect, 0};
 }

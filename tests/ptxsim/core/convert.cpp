@@ -49,31 +49,19 @@ double to_double(S x, Round round, bool odd) {
     return up == (error > 0) ? other : nearest;
 }
 
-template <class D>
-D finish_float(D x, uint32_t mods) {
-    if (is_nan(x)) {
-        if (mods & SAT) return narrow<D>(0);
-        if constexpr (std::is_same_v<D, float>) return bits_as<float>(0x7FFFFFFF);
-        return x;
-    }
-    if (mods & FTZ && std::is_same_v<D, float>) x = flush(x);
-    if (mods & SAT) x = widen(x) >= 1 ? narrow<D>(1) : widen(x) > 0 ? x : narrow<D>(0);
-    if (mods & RELU && !(widen(x) > 0)) x = narrow<D>(0);
-    return x;
-}
-
 template <class D, class S>
 D convert_one(S x, uint32_t mods) {
-    Round round = rounding(mods, RZ, RM, RP);
+    Round round = rounding(mods);
+    uint32_t flushing = std::is_same_v<D, float> ? mods : mods & ~FTZ;  // .ftz means float alone
     if constexpr (IS_INT<D> && IS_INT<S>) {
         return mods & SAT ? saturate<D>(x) : D(x);
     } else if constexpr (IS_INT<S>) {
         double wide = std::is_same_v<D, double> ? to_double(x, round, false) : to_double(x, Round::NEAREST, true);
-        return finish_float(narrow<D>(wide, round), mods);
+        return finish(narrow<D>(wide, round), flushing);
     } else {
         if (mods & FTZ && std::is_same_v<S, float>) x = flush(x);
         if constexpr (IS_INT<D>) return to_int<D>(x, mods);
-        else return finish_float(narrow<D>(to_integral(double(widen(x)), mods), round), mods);
+        else return finish(narrow<D>(to_integral(double(widen(x)), mods), round), flushing);
     }
 }
 

@@ -1,197 +1,85 @@
 // Integer and bit operations, moves and selections.
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <type_traits>
 
 #include "machine.h"
-#include "number.h"
 
 namespace ptxsim {
 namespace {
 
-template <class T>
-struct Wider;
-template <> struct Wider<int16_t> { using type = int32_t; };
-template <> struct Wider<uint16_t> { using type = uint32_t; };
-template <> struct Wider<int32_t> { using type = int64_t; };
-template <> struct Wider<uint32_t> { using type = uint64_t; };
-template <> struct Wider<int64_t> { using type = __int128; };
-template <> struct Wider<uint64_t> { using type = unsigned __int128; };
-template <class T> using Wide = typename Wider<T>::type;
-template <class T> using Unsigned = std::make_unsigned_t<T>;
+using u32 = uint32_t;
+using u64 = uint64_t;
 
-// Handlers for operations of one type: a: result, sources.
-template <class D, class S, class F>
-void unary(Warp& w, const Instr& i, Mask m) {
-    D* d = w.reg<D>(i.a[0]);
-    const S* x = w.reg<S>(i.a[1]);
-    for_lanes(m, [=](int l) { d[l] = F::of(x[l]); });
-}
-template <class D, class S, class F>
-void binary(Warp& w, const Instr& i, Mask m) {
-    D* d = w.reg<D>(i.a[0]);
-    const S *x = w.reg<S>(i.a[1]), *y = w.reg<S>(i.a[2]);
-    for_lanes(m, [=](int l) { d[l] = F::of(x[l], y[l]); });
-}
-template <class D, class S, class C, class F>
-void ternary(Warp& w, const Instr& i, Mask m) {
-    D* d = w.reg<D>(i.a[0]);
-    const S *x = w.reg<S>(i.a[1]), *y = w.reg<S>(i.a[2]);
-    const C* z = w.reg<C>(i.a[3]);
-    for_lanes(m, [=](int l) { d[l] = F::of(x[l], y[l], z[l]); });
+template <int BYTES, bool SIGNED> struct Integer;
+template <> struct Integer<2, true> { using type = int16_t; };
+template <> struct Integer<2, false> { using type = uint16_t; };
+template <> struct Integer<4, true> { using type = int32_t; };
+template <> struct Integer<4, false> { using type = u32; };
+template <> struct Integer<8, true> { using type = int64_t; };
+template <> struct Integer<8, false> { using type = u64; };
+template <> struct Integer<16, true> { using type = __int128; };
+template <> struct Integer<16, false> { using type = unsigned __int128; };
+template <class T> using Wide = typename Integer<2 * sizeof(T), std::is_signed_v<T>>::type;
+template <class T> using Unsigned = typename Integer<sizeof(T), false>::type;
+template <class T> constexpr u32 BITS = sizeof(T) * 8;
+
+// Arithmetic wraps.
+template <class T> T plus(T x, T y) { return T(Unsigned<T>(x) + Unsigned<T>(y)); }
+template <class T> T minus(T x, T y) { return T(Unsigned<T>(x) - Unsigned<T>(y)); }
+template <class T> T low(T x, T y) { return T(u64(x) * u64(y)); }
+template <class T> T high(T x, T y) { return T(Wide<T>(x) * Wide<T>(y) >> BITS<T>); }
+
+// By zero: what PTX leaves open. The least integer by -1: itself.
+template <class T> T quotient(T x, T y) {
+    if (y == 0) return T(-1);
+    return std::is_signed_v<T> && y == T(-1) ? minus(T(0), x) : T(x / y);
 }
 
-// Unsigned arithmetic wraps, as PTX asks.
-template <class T> struct Add { static T of(T x, T y) { return T(Unsigned<T>(x) + Unsigned<T>(y)); } };
-template <class T> struct Sub { static T of(T x, T y) { return T(Unsigned<T>(x) - Unsigned<T>(y)); } };
-template <class T> struct MulLo { static T of(T x, T y) { return T(uint64_t(x) * uint64_t(y)); } };
-template <class T> struct MulHi { static T of(T x, T y) { return T(Wide<T>(x) * Wide<T>(y) >> (sizeof(T) * 8)); } };
-template <class T> struct MulWide { static Wide<T> of(T x, T y) { return Wide<T>(x) * Wide<T>(y); } };
-template <class T> struct MadLo { static T of(T x, T y, T z) { return Add<T>::of(MulLo<T>::of(x, y), z); } };
-template <class T> struct MadHi { static T of(T x, T y, T z) { return Add<T>::of(MulHi<T>::of(x, y), z); } };
-template <class T> struct MadWide {
-    static Wide<T> of(T x, T y, Wide<T> z) { return Add<Wide<T>>::of(MulWide<T>::of(x, y), z); }
-};
-template <class T> struct Div {
-    static T of(T x, T y) {
-        if (y == 0) return T(~T(0));  // unspecified by PTX
-        if (std::is_signed_v<T> && y == T(-1)) return Sub<T>::of(0, x);
-        return T(x / y);
+// A field of bits. Above it stands the sign: the field's last bit, or the source's if the field reaches past it.
+template <class T> T extract(T x, u32 position, u32 length) {
+    u32 p = position & 255, n = length & 255, kept = std::min(n, p < BITS<T> ? BITS<T> - p : 0);
+    bool sign = std::is_signed_v<T> && n && x >> std::min(p + n - 1, BITS<T> - 1) & 1;
+    Unsigned<T> field = p < BITS<T> ? Unsigned<T>(x) >> p : 0;
+    if (kept == BITS<T>) return T(field);
+    Unsigned<T> ones = (Unsigned<T>(1) << kept) - 1;
+    return T(sign ? field | ~ones : field & ones);
+}
+
+template <class T> T insert(T x, T into, u32 position, u32 length) {
+    u32 p = position & 255, n = length & 255;
+    if (p >= BITS<T>) return into;
+    T field = T((n < BITS<T> ? (T(1) << n) - 1 : T(-1)) << p);
+    return (into & ~field) | (T(x << p) & field);
+}
+
+// Bytes of b:a, each chosen by a nibble; a nibble's top bit asks for the byte's sign instead.
+u32 permute(u32 a, u32 b, u32 selector) {
+    u64 both = u64(b) << 32 | a;
+    u32 result = 0;
+    for (int byte = 0; byte < 4; ++byte) {
+        u32 pick = selector >> (4 * byte) & 15, value = u32(both >> (8 * (pick & 7)) & 255);
+        result |= (pick & 8 ? (value >> 7) * 255 : value) << (8 * byte);
     }
-};
-template <class T> struct Rem {
-    static T of(T x, T y) {
-        if (y == 0) return x;  // unspecified by PTX
-        return std::is_signed_v<T> && y == T(-1) ? T(0) : T(x % y);
-    }
-};
-template <class T> struct Min { static T of(T x, T y) { return std::min(x, y); } };
-template <class T> struct Max { static T of(T x, T y) { return std::max(x, y); } };
-template <class T> struct Neg { static T of(T x) { return Sub<T>::of(0, x); } };
-template <class T> struct Abs { static T of(T x) { return x < 0 ? Sub<T>::of(0, x) : x; } };
-template <class T> struct Sad { static T of(T x, T y, T z) { return Add<T>::of(z, x < y ? Sub<T>::of(y, x) : Sub<T>::of(x, y)); } };
-template <class T> struct And { static T of(T x, T y) { return T(x & y); } };
-template <class T> struct Or { static T of(T x, T y) { return T(x | y); } };
-template <class T> struct Xor { static T of(T x, T y) { return T(x ^ y); } };
-template <class T> struct Not { static T of(T x) { return T(~x); } };
-template <class T> struct Cnot { static T of(T x) { return T(x == 0); } };
-template <class T> struct Same { static T of(T x) { return x; } };
-struct AddSat {
-    static int32_t of(int32_t x, int32_t y) { return int32_t(std::clamp<int64_t>(int64_t(x) + y, INT32_MIN, INT32_MAX)); }
-};
-struct SubSat {
-    static int32_t of(int32_t x, int32_t y) { return int32_t(std::clamp<int64_t>(int64_t(x) - y, INT32_MIN, INT32_MAX)); }
-};
-template <class T> struct Popc { static uint32_t of(T x) { return uint32_t(__builtin_popcountll(x)); } };
-template <class T> struct Clz {
-    static uint32_t of(T x) { return x ? uint32_t(__builtin_clzll(x)) - (64 - sizeof(T) * 8) : sizeof(T) * 8; }
-};
-template <class T> struct Brev {
-    static T of(T x) {
-        T result = 0;
-        for (unsigned b = 0; b < sizeof(T) * 8; ++b) result |= (x >> b & 1) << (sizeof(T) * 8 - 1 - b);
-        return result;
-    }
-};
-template <class T> struct Bfind {  // the highest bit that differs from the sign
-    static uint32_t of(T x) {
-        Unsigned<T> y = x < 0 ? Unsigned<T>(~x) : Unsigned<T>(x);
-        return y ? 63 - uint32_t(__builtin_clzll(y)) : ~0u;
-    }
-};
-
-// Shift amounts and bit positions are u32, whatever the type; a shift clamps at the width.
-template <class T>
-void shift_left(Warp& w, const Instr& i, Mask m) {
-    T* d = w.reg<T>(i.a[0]);
-    const T* x = w.reg<T>(i.a[1]);
-    const uint32_t* n = w.reg<uint32_t>(i.a[2]);
-    for_lanes(m, [=](int l) { d[l] = n[l] < sizeof(T) * 8 ? T(x[l] << n[l]) : T(0); });
-}
-template <class T>
-void shift_right(Warp& w, const Instr& i, Mask m) {
-    T* d = w.reg<T>(i.a[0]);
-    const T* x = w.reg<T>(i.a[1]);
-    const uint32_t* n = w.reg<uint32_t>(i.a[2]);
-    for_lanes(m, [=](int l) { d[l] = n[l] < sizeof(T) * 8 ? T(x[l] >> n[l]) : T(x[l] < 0 ? -1 : 0); });
+    return result;
 }
 
-// shf joins b:a to 64 bits. a: result, a, b, count. clamp stops at 32, wrap takes the count modulo 32.
-template <bool LEFT, bool CLAMP>
-void funnel(Warp& w, const Instr& i, Mask m) {
-    uint32_t* d = w.reg<uint32_t>(i.a[0]);
-    const uint32_t *low = w.reg<uint32_t>(i.a[1]), *high = w.reg<uint32_t>(i.a[2]), *count = w.reg<uint32_t>(i.a[3]);
-    for_lanes(m, [=](int l) {
-        uint32_t n = CLAMP ? std::min(count[l], 32u) : count[l] & 31;
-        uint64_t both = uint64_t(high[l]) << 32 | low[l];
-        d[l] = LEFT ? uint32_t(both << n >> 32) : uint32_t(both >> n);
-    });
+u32 lop3(u32 a, u32 b, u32 c, u32 table) {
+    u32 result = 0;
+    for (u32 row = 0; row < 8; ++row)
+        result |= -(table >> row & 1) & (row & 4 ? a : ~a) & (row & 2 ? b : ~b) & (row & 1 ? c : ~c);
+    return result;
 }
 
-// a: result, source, position, length. Bits past the top repeat the sign bit: the last bit of the field, or of the
-// source if the field reaches past it.
-template <class T>
-void extract(Warp& w, const Instr& i, Mask m) {
-    constexpr uint32_t BITS = sizeof(T) * 8;
-    T* d = w.reg<T>(i.a[0]);
-    const T* x = w.reg<T>(i.a[1]);
-    const uint32_t *position = w.reg<uint32_t>(i.a[2]), *length = w.reg<uint32_t>(i.a[3]);
-    for_lanes(m, [=](int l) {
-        uint32_t p = position[l] & 255, n = length[l] & 255;
-        bool sign = std::is_signed_v<T> && n && x[l] >> std::min(p + n - 1, BITS - 1) & 1;
-        Unsigned<T> field = p < BITS ? Unsigned<T>(x[l]) >> p : 0;
-        uint32_t kept = std::min(n, p < BITS ? BITS - p : 0);
-        if (kept < BITS) {
-            Unsigned<T> low = (Unsigned<T>(1) << kept) - 1;
-            field = sign ? field | Unsigned<T>(~low) : field & low;
-        }
-        d[l] = T(field);
-    });
-}
+// shf shifts b:a and gives 32 bits of it.
+u32 funnel_left(u32 a, u32 b, u32 n) { return u32((u64(b) << 32 | a) << n >> 32); }
+u32 funnel_right(u32 a, u32 b, u32 n) { return u32((u64(b) << 32 | a) >> n); }
 
-// a: result, the bits, where they go, position, length
-template <class T>
-void insert(Warp& w, const Instr& i, Mask m) {
-    constexpr uint32_t BITS = sizeof(T) * 8;
-    T* d = w.reg<T>(i.a[0]);
-    const T *x = w.reg<T>(i.a[1]), *into = w.reg<T>(i.a[2]);
-    const uint32_t *position = w.reg<uint32_t>(i.a[3]), *length = w.reg<uint32_t>(i.a[4]);
-    for_lanes(m, [=](int l) {
-        uint32_t p = position[l] & 255, n = length[l] & 255;
-        T low = n < BITS ? (T(1) << n) - 1 : T(~T(0)), field = p < BITS ? T(low << p) : T(0);
-        d[l] = (into[l] & ~field) | (p < BITS ? (x[l] << p) & field : 0);
-    });
-}
-
-// a: result, a, b, c, truth table
-void lop3(Warp& w, const Instr& i, Mask m) {
-    uint32_t* d = w.reg<uint32_t>(i.a[0]);
-    const uint32_t *a = w.reg<uint32_t>(i.a[1]), *b = w.reg<uint32_t>(i.a[2]), *c = w.reg<uint32_t>(i.a[3]);
-    uint32_t table = *w.reg<uint32_t>(i.a[4]);
-    for_lanes(m, [=](int l) {
-        uint32_t result = 0;
-        for (uint32_t row = 0; row < 8; ++row)
-            if (table >> row & 1)
-                result |= (row & 4 ? a[l] : ~a[l]) & (row & 2 ? b[l] : ~b[l]) & (row & 1 ? c[l] : ~c[l]);
-        d[l] = result;
-    });
-}
-
-// a: result, a, b, selector: four nibbles, each the number of a byte of b:a, its top bit asking for the sign instead
-void permute(Warp& w, const Instr& i, Mask m) {
-    uint32_t* d = w.reg<uint32_t>(i.a[0]);
-    const uint32_t *a = w.reg<uint32_t>(i.a[1]), *b = w.reg<uint32_t>(i.a[2]), *selector = w.reg<uint32_t>(i.a[3]);
-    for_lanes(m, [=](int l) {
-        uint64_t both = uint64_t(b[l]) << 32 | a[l];
-        uint32_t result = 0;
-        for (int byte = 0; byte < 4; ++byte) {
-            uint32_t pick = selector[l] >> (4 * byte) & 15;
-            uint32_t value = uint32_t(both >> (8 * (pick & 7)) & 255);
-            if (pick & 8) value = value & 128 ? 255 : 0;
-            result |= value << (8 * byte);
-        }
-        d[l] = result;
-    });
+template <class T> T reverse(T x) {
+    T result = 0;
+    for (u32 b = 0; b < BITS<T>; ++b) result |= (x >> b & 1) << (BITS<T> - 1 - b);
+    return result;
 }
 
 // a: result, if true, if false, predicate, flip
@@ -203,21 +91,11 @@ void select(Warp& w, const Instr& i, Mask m) {
     for_lanes(m, [=](int l) { d[l] = p >> l & 1 ? x[l] : y[l]; });
 }
 
-// a: result, if c >= 0, otherwise, c
-template <class T, class C>
-void select_sign(Warp& w, const Instr& i, Mask m) {
-    T* d = w.reg<T>(i.a[0]);
-    const T *x = w.reg<T>(i.a[1]), *y = w.reg<T>(i.a[2]);
-    const C* c = w.reg<C>(i.a[3]);
-    for_lanes(m, [=](int l) { d[l] = c[l] >= 0 ? x[l] : y[l]; });
-}
-
-// Predicates are masks. a: result, sources with their flips
-template <class F>
+// Predicates are masks. a: result, two sources, each with its flip
+template <auto F>
 void predicate(Warp& w, const Instr& i, Mask m) {
-    Mask value = F::of(w.pred(i.a[1]) ^ Mask(i.a[2]), w.pred(i.a[3]) ^ Mask(i.a[4]));
-    Mask& d = w.pred(i.a[0]);
-    d = (d & ~m) | (value & m);
+    Mask value = F(w.pred(i.a[1]) ^ Mask(i.a[2]), w.pred(i.a[3]) ^ Mask(i.a[4]));
+    w.pred(i.a[0]) = (w.pred(i.a[0]) & ~m) | (value & m);
 }
 
 // mov between a register and the narrower registers that fill it. a: number of parts, whole, parts
@@ -226,78 +104,87 @@ void repack(Warp& w, const Instr& i, Mask m) {
     W* whole = w.reg<W>(i.a[1]);
     for (int part = 0; part < i.a[0]; ++part) {
         P* piece = w.reg<P>(i.a[2 + part]);
-        int shift = part * int(sizeof(P)) * 8;
+        int shift = part * int(BITS<P>);
         if (!PACK) for_lanes(m, [=](int l) { piece[l] = P(whole[l] >> shift); });
         else if (part == 0) for_lanes(m, [=](int l) { whole[l] = piece[l]; });
         else for_lanes(m, [=](int l) { whole[l] |= W(piece[l]) << shift; });
     }
 }
 
-// add.cc and its kin: the carry is a mask that the warp keeps at a.[4]. a: result, x, y, z, carry
+// add.cc and its kin. a: result, sources, carry (a mask)
 template <bool SUBTRACT, bool IN, bool OUT>
 void with_carry(Warp& w, const Instr& i, Mask m) {
-    uint32_t* d = w.reg<uint32_t>(i.a[0]);
-    const uint32_t *x = w.reg<uint32_t>(i.a[1]), *y = w.reg<uint32_t>(i.a[2]);
+    u32* d = w.reg<u32>(i.a[0]);
+    const u32 *x = w.reg<u32>(i.a[1]), *y = w.reg<u32>(i.a[2]);
     Mask before = w.pred(i.a[3]), after = 0;
     for_lanes(m, [&](int l) {
-        uint64_t carry = IN ? before >> l & 1 : SUBTRACT;
-        uint64_t sum = uint64_t(x[l]) + (SUBTRACT ? uint32_t(~y[l]) : y[l]) + carry;
-        d[l] = uint32_t(sum);
+        u64 sum = u64(x[l]) + (SUBTRACT ? u32(~y[l]) : y[l]) + (IN ? before >> l & 1 : SUBTRACT);
+        d[l] = u32(sum);
         after |= Mask(sum >> 32) << l;
     });
-    if (OUT) w.pred(i.a[3]) = (before & ~m) | (after & m);
+    if (OUT) w.pred(i.a[3]) = (before & ~m) | after;
 }
 
 template <class T>
 void add_arithmetic(Table& t, const std::string& type) {
-    t["add." + type] = {binary<T, T, Add<T>>, 0};
-    t["sub." + type] = {binary<T, T, Sub<T>>, 0};
-    t["mul.lo." + type] = {binary<T, T, MulLo<T>>, 0};
-    t["mul.hi." + type] = {binary<T, T, MulHi<T>>, 0};
-    t["mad.lo." + type] = {ternary<T, T, T, MadLo<T>>, 0};
-    t["mad.hi." + type] = {ternary<T, T, T, MadHi<T>>, 0};
+    using W = Wide<T>;
+    t["add." + type] = {lanewise<plus<T>, T, T, T>, 0};
+    t["sub." + type] = {lanewise<minus<T>, T, T, T>, 0};
+    t["mul.lo." + type] = {lanewise<low<T>, T, T, T>, 0};
+    t["mul.hi." + type] = {lanewise<high<T>, T, T, T>, 0};
+    t["mad.lo." + type] = {lanewise<[](T x, T y, T z) { return plus(low(x, y), z); }, T, T, T, T>, 0};
+    t["mad.hi." + type] = {lanewise<[](T x, T y, T z) { return plus(high(x, y), z); }, T, T, T, T>, 0};
     if constexpr (sizeof(T) < 8) {
-        t["mul.wide." + type] = {binary<Wide<T>, T, MulWide<T>>, 0};
-        t["mad.wide." + type] = {ternary<Wide<T>, T, Wide<T>, MadWide<T>>, 0};
+        t["mul.wide." + type] = {lanewise<[](T x, T y) { return W(x) * W(y); }, W, T, T>, 0};
+        t["mad.wide." + type] = {lanewise<[](T x, T y, W z) { return plus(W(W(x) * W(y)), z); }, W, T, T, W>, 0};
     }
-    t["div." + type] = {binary<T, T, Div<T>>, 0};
-    t["rem." + type] = {binary<T, T, Rem<T>>, 0};
-    t["min." + type] = {binary<T, T, Min<T>>, 0};
-    t["max." + type] = {binary<T, T, Max<T>>, 0};
-    t["sad." + type] = {ternary<T, T, T, Sad<T>>, 0};
-    t["shr." + type] = {shift_right<T>, 0};
+    t["div." + type] = {lanewise<quotient<T>, T, T, T>, 0};
+    t["rem." + type] = {lanewise<[](T x, T y) { return y ? minus(x, low(y, quotient(x, y))) : x; }, T, T, T>, 0};
+    t["min." + type] = {lanewise<[](T x, T y) { return std::min(x, y); }, T, T, T>, 0};
+    t["max." + type] = {lanewise<[](T x, T y) { return std::max(x, y); }, T, T, T>, 0};
+    t["sad." + type] = {lanewise<[](T x, T y, T z) { return plus(z, x < y ? minus(y, x) : minus(x, y)); }, T, T, T, T>, 0};
+    t["shr." + type] = {lanewise<[](T x, u32 n) { return n < BITS<T> ? T(x >> n) : T(x < 0 ? -1 : 0); }, T, T, u32>, 0};
     if constexpr (sizeof(T) >= 4) {
-        t["bfe." + type] = {extract<T>, 0};
-        t["bfind." + type] = {unary<uint32_t, T, Bfind<T>>, 0};
+        t["bfe." + type] = {lanewise<extract<T>, T, T, u32, u32>, 0};
+        t["bfind." + type] = {lanewise<[](T x) { return u32(std::bit_width(Unsigned<T>(x < 0 ? ~x : x))) - 1; }, u32, T>, 0};
     }
     if constexpr (std::is_signed_v<T>) {
-        t["neg." + type] = {unary<T, T, Neg<T>>, 0};
-        t["abs." + type] = {unary<T, T, Abs<T>>, 0};
+        t["neg." + type] = {lanewise<[](T x) { return minus(T(0), x); }, T, T>, 0};
+        t["abs." + type] = {lanewise<[](T x) { return x < 0 ? minus(T(0), x) : x; }, T, T>, 0};
     }
 }
 
 template <class T>
-void add_bits(Table& t, const std::string& type) {
-    t["and." + type] = {binary<T, T, And<T>>, 0};
-    t["or." + type] = {binary<T, T, Or<T>>, 0};
-    t["xor." + type] = {binary<T, T, Xor<T>>, 0};
-    t["not." + type] = {unary<T, T, Not<T>>, 0};
-    t["cnot." + type] = {unary<T, T, Cnot<T>>, 0};
-    t["shl." + type] = {shift_left<T>, 0};
-    t["shr." + type] = {shift_right<T>, 0};
+void add_bits(Table& t, const std::string& bits) {
+    t["and.b" + bits] = {lanewise<[](T x, T y) { return T(x & y); }, T, T, T>, 0};
+    t["or.b" + bits] = {lanewise<[](T x, T y) { return T(x | y); }, T, T, T>, 0};
+    t["xor.b" + bits] = {lanewise<[](T x, T y) { return T(x ^ y); }, T, T, T>, 0};
+    t["not.b" + bits] = {lanewise<[](T x) { return T(~x); }, T, T>, 0};
+    t["cnot.b" + bits] = {lanewise<[](T x) { return T(x == 0); }, T, T>, 0};
+    t["shl.b" + bits] = {lanewise<[](T x, u32 n) { return n < BITS<T> ? T(x << n) : T(0); }, T, T, u32>, 0};
+    t["shr.b" + bits] = {lanewise<[](T x, u32 n) { return n < BITS<T> ? T(x >> n) : T(0); }, T, T, u32>, 0};
     if constexpr (sizeof(T) >= 4) {
-        t["popc." + type] = {unary<uint32_t, T, Popc<T>>, 0};
-        t["clz." + type] = {unary<uint32_t, T, Clz<T>>, 0};
-        t["brev." + type] = {unary<T, T, Brev<T>>, 0};
-        t["bfi." + type] = {insert<T>, 0};
+        t["popc.b" + bits] = {lanewise<[](T x) { return std::popcount(x); }, u32, T>, 0};
+        t["clz.b" + bits] = {lanewise<[](T x) { return std::countl_zero(x); }, u32, T>, 0};
+        t["brev.b" + bits] = {lanewise<reverse<T>, T, T>, 0};
+        t["bfi.b" + bits] = {lanewise<insert<T>, T, T, T, u32, u32>, 0};
     }
-    std::string bits = type.substr(1);
     for (std::string kind : {"b", "s", "u", "f"}) {
-        t["mov." + kind + bits] = {unary<T, T, Same<T>>, 0};
+        t["mov." + kind + bits] = {lanewise<[](T x) { return x; }, T, T>, 0};
         t["selp." + kind + bits] = {select<T>, 0};
-        t["slct." + kind + bits + ".s32"] = {select_sign<T, int32_t>, 0};
-        t["slct." + kind + bits + ".f32"] = {select_sign<T, float>, 0};
+        t["slct." + kind + bits + ".s32"] = {lanewise<[](T x, T y, int32_t c) { return c >= 0 ? x : y; }, T, T, T, int32_t>, 0};
+        t["slct." + kind + bits + ".f32"] = {lanewise<[](T x, T y, float c) { return c >= 0 ? x : y; }, T, T, T, float>, 0};
     }
+}
+
+int32_t saturate(int64_t x) {
+    return int32_t(std::clamp<int64_t>(x, INT32_MIN, INT32_MAX));
+}
+
+// s32 alone has a saturating form.
+template <auto WRAPPING, auto SATURATING>
+void maybe_saturating(Warp& w, const Instr& i, Mask m) {
+    (i.mods & SAT ? lanewise<SATURATING, int32_t, int32_t, int32_t> : lanewise<WRAPPING, int32_t, int32_t, int32_t>)(w, i, m);
 }
 
 }  // namespace
@@ -306,34 +193,30 @@ void add_integer(Table& t) {
     add_arithmetic<int16_t>(t, "s16");
     add_arithmetic<uint16_t>(t, "u16");
     add_arithmetic<int32_t>(t, "s32");
-    add_arithmetic<uint32_t>(t, "u32");
+    add_arithmetic<u32>(t, "u32");
     add_arithmetic<int64_t>(t, "s64");
-    add_arithmetic<uint64_t>(t, "u64");
-    t["add.s32"] = {[](Warp& w, const Instr& i, Mask m) {
-                        (i.mods & SAT ? binary<int32_t, int32_t, AddSat> : binary<int32_t, int32_t, Add<int32_t>>)(w, i, m);
-                    }, SAT};
-    t["sub.s32"] = {[](Warp& w, const Instr& i, Mask m) {
-                        (i.mods & SAT ? binary<int32_t, int32_t, SubSat> : binary<int32_t, int32_t, Sub<int32_t>>)(w, i, m);
-                    }, SAT};
-    add_bits<uint16_t>(t, "b16");
-    add_bits<uint32_t>(t, "b32");
-    add_bits<uint64_t>(t, "b64");
-    t["shf.l.wrap.b32"] = {funnel<true, false>, 0};
-    t["shf.l.clamp.b32"] = {funnel<true, true>, 0};
-    t["shf.r.wrap.b32"] = {funnel<false, false>, 0};
-    t["shf.r.clamp.b32"] = {funnel<false, true>, 0};
-    t["lop3.b32"] = {lop3, 0};
-    t["prmt.b32"] = {permute, 0};
-    t["and.pred"] = {predicate<And<Mask>>, 0};
-    t["or.pred"] = {predicate<Or<Mask>>, 0};
-    t["xor.pred"] = {predicate<Xor<Mask>>, 0};
-    t["not.pred"] = t["mov.pred"] = {predicate<Or<Mask>>, 0};  // lower.py gives the source twice, flipped for not
-    t["pack.16.32"] = {repack<uint32_t, uint16_t, true>, 0};
-    t["pack.32.64"] = {repack<uint64_t, uint32_t, true>, 0};
-    t["pack.16.64"] = {repack<uint64_t, uint16_t, true>, 0};
-    t["unpack.16.32"] = {repack<uint32_t, uint16_t, false>, 0};
-    t["unpack.32.64"] = {repack<uint64_t, uint32_t, false>, 0};
-    t["unpack.16.64"] = {repack<uint64_t, uint16_t, false>, 0};
+    add_arithmetic<u64>(t, "u64");
+    t["add.s32"] = {maybe_saturating<plus<int32_t>, [](int64_t x, int64_t y) { return saturate(x + y); }>, SAT};
+    t["sub.s32"] = {maybe_saturating<minus<int32_t>, [](int64_t x, int64_t y) { return saturate(x - y); }>, SAT};
+    add_bits<uint16_t>(t, "16");
+    add_bits<u32>(t, "32");
+    add_bits<u64>(t, "64");
+    t["shf.l.wrap.b32"] = {lanewise<[](u32 a, u32 b, u32 n) { return funnel_left(a, b, n & 31); }, u32, u32, u32, u32>, 0};
+    t["shf.r.wrap.b32"] = {lanewise<[](u32 a, u32 b, u32 n) { return funnel_right(a, b, n & 31); }, u32, u32, u32, u32>, 0};
+    t["shf.l.clamp.b32"] = {lanewise<[](u32 a, u32 b, u32 n) { return funnel_left(a, b, std::min(n, 32u)); }, u32, u32, u32, u32>, 0};
+    t["shf.r.clamp.b32"] = {lanewise<[](u32 a, u32 b, u32 n) { return funnel_right(a, b, std::min(n, 32u)); }, u32, u32, u32, u32>, 0};
+    t["lop3.b32"] = {lanewise<lop3, u32, u32, u32, u32, u32>, 0};
+    t["prmt.b32"] = {lanewise<permute, u32, u32, u32, u32>, 0};
+    t["and.pred"] = {predicate<[](Mask x, Mask y) { return x & y; }>, 0};
+    t["or.pred"] = {predicate<[](Mask x, Mask y) { return x | y; }>, 0};
+    t["xor.pred"] = {predicate<[](Mask x, Mask y) { return x ^ y; }>, 0};
+    t["not.pred"] = t["mov.pred"] = t["or.pred"];  // lower.py gives the source twice, flipped for not
+    t["pack.16.32"] = {repack<u32, uint16_t, true>, 0};
+    t["pack.32.64"] = {repack<u64, u32, true>, 0};
+    t["pack.16.64"] = {repack<u64, uint16_t, true>, 0};
+    t["unpack.16.32"] = {repack<u32, uint16_t, false>, 0};
+    t["unpack.32.64"] = {repack<u64, u32, false>, 0};
+    t["unpack.16.64"] = {repack<u64, uint16_t, false>, 0};
     for (std::string type : {"u32", "s32"}) {
         t["add.cc." + type] = {with_carry<false, false, true>, 0};
         t["addc.cc." + type] = {with_carry<false, true, true>, 0};

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -157,6 +159,16 @@ inline void for_lanes(Mask mask, F f) {
     } else {
         for (Mask rest = mask; rest; rest &= rest - 1) f(__builtin_ctz(rest));
     }
+}
+
+// The handler of an operation whose lanes are independent: D d = F(S x, ...). a: result, sources.
+template <auto F, class D, class... S>
+void lanewise(Warp& w, const Instr& i, Mask mask) {
+    [&]<size_t... N>(std::index_sequence<N...>) {
+        D* d = w.reg<D>(i.a[0]);
+        auto sources = std::make_tuple(w.reg<const S>(i.a[1 + N])...);
+        for_lanes(mask, [=](int lane) { d[lane] = F(std::get<N>(sources)[lane]...); });
+    }(std::index_sequence_for<S...>{});
 }
 
 // The mask of those lanes for which f(lane) holds.

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+
+#include "machine.h"
 
 namespace ptxsim {
 
@@ -82,8 +85,8 @@ inline T narrow(double value, Round round = Round::NEAREST) {
     }
 }
 
-inline Round rounding(uint32_t mods, uint32_t rz, uint32_t rm, uint32_t rp) {
-    return mods & rz ? Round::ZERO : mods & rm ? Round::DOWN : mods & rp ? Round::UP : Round::NEAREST;
+inline Round rounding(uint32_t mods) {
+    return mods & RZ ? Round::ZERO : mods & RM ? Round::DOWN : mods & RP ? Round::UP : Round::NEAREST;
 }
 
 // A float of the smallest normal magnitude or less becomes a zero of its sign.
@@ -103,6 +106,23 @@ inline bool is_nan(double x) { return std::isnan(x); }
 template <int E, int M>
 inline bool is_nan(Small<E, M> x) {
     return (x.bits & 0x7FFF) > Small<E, M>::INF;
+}
+
+template <class T>
+T canonical_nan() {
+    if constexpr (sizeof(T) == 2) return {T::CANONICAL_NAN};
+    else if constexpr (sizeof(T) == 4) return bits_as<float>(0x7FFFFFFF);
+    else return std::numeric_limits<double>::quiet_NaN();
+}
+
+// What modifiers make of a result.
+template <class T>
+T finish(T x, uint32_t mods) {
+    if (is_nan(x)) return mods & SAT ? narrow<T>(0) : canonical_nan<T>();
+    if (mods & FTZ) x = flush(x);
+    if (mods & SAT) x = widen(x) >= 1 ? narrow<T>(1) : widen(x) > 0 ? x : narrow<T>(0);
+    if (mods & RELU && !(widen(x) > 0)) x = narrow<T>(0);
+    return x;
 }
 
 }  // namespace ptxsim
