@@ -127,6 +127,14 @@ def test_cp_async_fills_with_zeros_and_reads_no_further(bytes_):
     assert torch.equal(out, expected)
 
 
+def test_cp_async_of_a_part_is_aligned_by_the_whole():
+    x = torch.arange(1, 200, dtype=torch.int32)
+    with pytest.raises(ptxsim.Misaligned, match="is 4 past a multiple of 16"):
+        copy("cp.async.ca.shared.global [%r4], [%rd3+4], 16, 4; cp.async.wait_all;", 4, x)
+    out = copy("cp.async.ca.shared.global [%r4], [%rd3], 16, 6; cp.async.wait_all;", 6, x)
+    assert out[:2].tolist() == [[1, 2, 0, 0], [5, 6, 0, 0]]
+
+
 def test_wait_group_lands_all_but_the_last_groups():
     x = torch.arange(1, 257, dtype=torch.int32)
     two = "cp.async.ca.shared.global [%r4], [%rd3], 16; cp.async.commit_group; cp.async.ca.shared.global [%r4+512], [%rd3+512], 16; cp.async.commit_group; "

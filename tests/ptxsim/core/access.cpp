@@ -114,7 +114,7 @@ void copy_async(Warp& w, const Instr& i, Mask m) {
         uint32_t read = a[7] < 0 ? size : std::min(w.reg<uint32_t>(a[7])[lane], size);
         Copy copy{uint32_t(to), uint8_t(lane), uint8_t(size), w.groups[lane], {}};
         if (read) {
-            const uint8_t* source = w.machine->memory.access(w, lane, from, read, Use::READ, false);
+            const uint8_t* source = w.machine->memory.access(w, lane, from, read, Use::READ, false, size);
             if (source) {
                 memcpy(copy.data, source, read);
                 request.add(from, read);

@@ -48,7 +48,7 @@ std::string Memory::describe(uint64_t address) const {
            std::to_string(allocations[range - 1].size) + " bytes)";
 }
 
-uint8_t* Memory::access(Warp& w, int lane, uint64_t address, uint32_t size, Use use, bool strong) {
+uint8_t* Memory::access(Warp& w, int lane, uint64_t address, uint32_t size, Use use, bool strong, uint32_t alignment) {
     Machine& machine = *w.machine;
     uint64_t range = address >> RANGE_BITS, offset = address & ((uint64_t{1} << RANGE_BITS) - 1);
     bool inside = range > 0 && range <= count && offset + size <= allocations[range - 1].size;
@@ -58,7 +58,7 @@ uint8_t* Memory::access(Warp& w, int lane, uint64_t address, uint32_t size, Use 
                           verb(use) + bytes(size) + " at " + describe(address) + (inside ? ", a constant" : ""));
         return nullptr;
     }
-    check_alignment(w, lane, address, size, verb(use));
+    check_alignment(w, lane, address, alignment ? alignment : size, verb(use));
     Allocation& a = allocations[range - 1];
     uint8_t* flags = a.flags + offset;
     if (use != Use::WRITE && machine.checks_for(Check::POISON))

@@ -64,7 +64,8 @@ struct Memory {
     uint32_t count;
 
     // The host's address of `size` bytes, after all checks; nullptr if they are out of bounds and that check is off.
-    uint8_t* access(Warp& w, int lane, uint64_t address, uint32_t size, Use use, bool strong);
+    // alignment: what the address must be a multiple of, where it is not the size.
+    uint8_t* access(Warp& w, int lane, uint64_t address, uint32_t size, Use use, bool strong, uint32_t alignment = 0);
     std::string describe(uint64_t address) const;
 };
 
