@@ -174,7 +174,7 @@ def _specialise(value: Any) -> tuple[str, bool]:
     while isinstance(value, Named | Out):
         value = value.tensor
     if isinstance(value, Tensor):
-        return "*" + TRITON_TYPES[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+        return "*" + TRITON_TYPES[value.dtype], int(value.storage_offset()) * value.element_size() % 16 == 0
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):

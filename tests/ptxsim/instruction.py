@@ -46,7 +46,7 @@ def execute(code: str, *inputs: np.ndarray, out: type, outputs: int = 1, extra: 
         *stores,
         "ret; }",
     ]
-    results = [np.zeros(n, out) for _ in names]
+    results: list[np.ndarray] = [np.zeros(n, out) for _ in names]
     block = min(n, 256)
     args: Sequence[object] = [*map(_tensor, results), *map(_tensor, pointers), n]
     ptxsim.load("\n".join(lines)).kernel("probe").launch(-(-n // block), block, args)

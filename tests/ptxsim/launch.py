@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.ptxsim import core
 from tests.ptxsim.faults import KINDS, SharedLimit
-from tests.ptxsim.lower import BLOCK_REGISTERS, LANE_REGISTERS, RANGE_BITS, LoweredKernel
+from tests.ptxsim.lower import BLOCK_REGISTERS, LANE_REGISTERS, LAUNCH_REGISTERS, RANGE_BITS, LoweredKernel
 from tests.ptxsim.report import Access, Param, Report, tally
 
 # Check in core/memory.h, in its order; "limit" is checked here.
@@ -41,10 +41,10 @@ class Out:
 
 @dataclass
 class _Range:
-    """The storage of a tensor in the launch's address space, with its shadows."""
+    """A storage in the launch's address space, with its shadows: see Allocation in core/memory.h."""
 
     name: str
-    storage: torch.UntypedStorage | bytes
+    memory: np.ndarray  # its bytes
     base: int
     granule: int
     writable: bool
@@ -52,17 +52,16 @@ class _Range:
     writer: np.ndarray
     reader: np.ndarray
 
-    @property
-    def host(self) -> int:
-        return self.buffer.ctypes.data if isinstance(self.storage, bytes) else self.storage.data_ptr()
+    def allocation(self) -> core.Allocation:
+        pointers = (x.ctypes.data for x in (self.flags, self.writer, self.reader))
+        return core.Allocation(self.memory.ctypes.data, self.memory.size, *pointers, self.granule, self.writable)
 
-    @property
-    def size(self) -> int:
-        return len(self.storage) if isinstance(self.storage, bytes) else self.storage.nbytes()
-
-    @property
-    def buffer(self) -> np.ndarray:
-        return np.frombuffer(self.storage, np.uint8)
+    def param(self, traffic: Sequence[core.Traffic]) -> Param:
+        unique = [int(np.count_nonzero(self.flags & flag)) for flag in (READ, WRITTEN, ATOMIC)]
+        read, write, atomic = (
+            Access(t.requests, t.bytes, t.sectors, t.ideal, u) for t, u in zip(traffic, unique, strict=True)
+        )
+        return Param(read, write, atomic, int(np.count_nonzero(self.flags & POISON)))
 
 
 class AddressSpace:
@@ -70,60 +69,42 @@ class AddressSpace:
 
     def __init__(self) -> None:
         self.ranges: list[_Range] = []
-        self.by_storage: dict[int, _Range] = {}
+        self.by_host: dict[int, _Range] = {}  # by the host's address of a storage
 
-    def add(self, name: str, storage: torch.UntypedStorage | bytes, granule: int, writable: bool) -> _Range:
-        size = len(storage) if isinstance(storage, bytes) else storage.nbytes()
-        granules = -(-size // granule)
-        added = _Range(
-            name,
-            storage,
-            (len(self.ranges) + 1) << RANGE_BITS,
-            granule,
-            writable,
-            np.zeros(size, np.uint8),
-            np.zeros(granules, np.int32),
-            np.zeros(granules, np.int32),
-        )
-        self.ranges.append(added)
-        return added
+    def add(self, name: str, memory: np.ndarray, granule: int, *, writable: bool = True) -> _Range:
+        base = (len(self.ranges) + 1) << RANGE_BITS
+        flags, granules = np.zeros_like(memory), -(-memory.size // granule)
+        writer, reader = np.zeros(granules, np.int32), np.zeros(granules, np.int32)
+        self.ranges.append(_Range(name, memory, base, granule, writable, flags, writer, reader))
+        return self.ranges[-1]
 
     def address(self, name: str, argument: Tensor | Out) -> int:
         """Where a tensor begins; its storage joins the space the first time."""
         tensor = argument.tensor if isinstance(argument, Out) else argument
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} is on {tensor.device}; the simulator takes CPU tensors")
-        storage = tensor.untyped_storage()
-        if storage.nbytes() == 0:
-            return self.add(name, storage, tensor.element_size(), True).base
-        key = storage.data_ptr()
-        found = self.by_storage.get(key)
+        host, size = tensor.untyped_storage().data_ptr(), tensor.element_size()
+        found = self.by_host.get(host)
         if found is None:
-            found = self.by_storage[key] = self.add(name, storage, tensor.element_size(), True)
-        elif tensor.element_size() < found.granule:
+            memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+            found = self.add(name, memory, size)
+            if memory.size:
+                self.by_host[host] = found
+        if size < found.granule:
             raise ValueError(f"{name} views the storage of {found.name} with smaller elements")
+        offset = int(tensor.storage_offset()) * size
         if isinstance(argument, Out):
-            _poison(tensor, found.flags)
-        return found.base + tensor.storage_offset() * tensor.element_size()
+            shape, strides = (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1)
+            for memory, value in ((found.memory, 0xFF), (found.flags, POISON)):
+                np.lib.stride_tricks.as_strided(memory[offset:], shape, strides)[...] = value
+        return found.base + offset
 
     def translate(self, word: int) -> int:
         """A host address to the address that the kernel sees; any other number stays."""
-        for known in self.by_storage.values():
-            if known.host <= word < known.host + known.size:
-                return known.base + word - known.host
+        for host, known in self.by_host.items():
+            if host <= word < host + known.memory.size:
+                return known.base + word - host
         return word
-
-
-def _poison(tensor: Tensor, flags: np.ndarray) -> None:
-    size = tensor.element_size()
-    shape, strides = (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1)
-    offset = tensor.storage_offset() * size
-    for memory in (
-        np.frombuffer((ctypes.c_uint8 * len(flags)).from_address(tensor.untyped_storage().data_ptr()), np.uint8),
-        flags,
-    ):
-        view = np.lib.stride_tricks.as_strided(memory[offset:], shape, strides)
-        view[...] = POISON if memory is flags else 0xFF
 
 
 class Kernel:
@@ -165,40 +146,20 @@ class Kernel:
 
         space = AddressSpace()
         for variable in lowered.globals:
-            space.add(variable.name, variable.data.ljust(variable.size, b"\0"), 1, False)
+            data = np.frombuffer(variable.data.ljust(variable.size, b"\0"), np.uint8)
+            space.add(variable.name, data, 1, writable=False)
         for name, tensor in (tensors or {}).items():
             space.address(name, tensor)
         params = args.ljust(1, b"\0") if isinstance(args, bytes) else self._pack(args, space)
         params = _translate(params, space)
 
-        launch_values = (*block3, *grid3, shared, shared_bytes, -(-threads // 32))
-        specials = list(lowered.specials.items())
-        first = len(LANE_REGISTERS)
-        constants = np.array(
-            [
-                *lowered.constants,
-                *((offset, 4, value) for (_, offset), value in zip(specials[first:], launch_values, strict=False)),
-            ],
-            dtype=np.int64,
-        )
-        order = np.arange(blocks, dtype=np.uint64)
-        np.random.default_rng(seed).shuffle(order)
+        known = (*block3, *grid3, shared, shared_bytes, -(-threads // 32))
+        launch_constants = [(lowered.specials[name], 4, v) for name, v in zip(LAUNCH_REGISTERS, known, strict=True)]
+        constants = np.array([*lowered.constants, *launch_constants], np.int64)
+        order = np.random.default_rng(seed).permutation(blocks).astype(np.uint64)
         counts = np.zeros((4, len(lowered.code)), np.uint64)
-        allocations = (core.Allocation * max(len(space.ranges), 1))(
-            *(
-                core.Allocation(
-                    r.host,
-                    r.size,
-                    r.flags.ctypes.data,
-                    r.writer.ctypes.data,
-                    r.reader.ctypes.data,
-                    r.granule,
-                    r.writable,
-                )
-                for r in space.ranges
-            )
-        )
-        names = (ctypes.c_char_p * max(len(space.ranges), 1))(*(r.name.encode() for r in space.ranges))
+        allocations = (core.Allocation * len(space.ranges))(*(r.allocation() for r in space.ranges))
+        names = (ctypes.c_char_p * len(space.ranges))(*(r.name.encode() for r in space.ranges))
         launch = core.Launch(
             code=lowered.code.ctypes.data,
             instructions=len(lowered.code),
@@ -228,7 +189,7 @@ class Kernel:
         seconds = time.perf_counter() - start
         if outcome.kind >= 0:
             self._raise(outcome, grid3, block3)
-        used = {r.name: _param(r, allocation.traffic) for r, allocation in zip(space.ranges, allocations, strict=False)}
+        used = {r.name: r.param(a.traffic) for r, a in zip(space.ranges, allocations, strict=True)}
         macs, barriers = launch.counters.macs, launch.counters.barriers
         return tally(lowered.statements, *counts, macs=macs, barriers=barriers, params=used, seconds=seconds)
 
@@ -277,12 +238,6 @@ def _translate(params: bytes, space: AddressSpace) -> bytes:
     whole = len(params) // 8 * 8
     words = np.frombuffer(params[:whole], np.uint64)
     return b"".join(space.translate(int(word)).to_bytes(8, "little") for word in words) + params[whole:]
-
-
-def _param(r: _Range, traffic: Sequence[core.Traffic]) -> Param:
-    unique = (int(np.count_nonzero(r.flags & flag)) for flag in (READ, WRITTEN, ATOMIC))
-    kinds = (Access(t.requests, t.bytes, t.sectors, t.ideal, u) for t, u in zip(traffic, unique, strict=True))
-    return Param(*kinds, unwritten=int(np.count_nonzero(r.flags & POISON)))
 
 
 def _three(shape: int | Sequence[int]) -> tuple[int, int, int]:

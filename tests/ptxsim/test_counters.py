@@ -32,7 +32,7 @@ def draw_cases():
         yield size, 128, 0, 1, 1
 
 
-@pytest.mark.parametrize(("size", "n", "offset", "x_stride", "out_stride"), draw_cases())
+@pytest.mark.parametrize(("size", "n", "offset", "x_stride", "out_stride"), list(draw_cases()))
 def test_sectors_of_strided_copies(size, n, offset, x_stride, out_stride):
     dtype = {2: torch.int16, 4: torch.int32, 16: torch.complex128}[size]
     x = torch.arange(offset + (n - 1) * x_stride + 1).to(dtype)

@@ -154,8 +154,8 @@ def test_bit_fields(kind):
     bits, dtype = int(kind[1:]), TYPES[kind]
     places = [0, 1, 7, bits - 1, bits, 200, 256 + 3]
     (a,) = operands(kind, 1)
-    columns = [np.array(c) for c in zip(*itertools.product(a.tolist(), places, places), strict=True)]
-    a, position, length = columns[0].astype(dtype), columns[1].astype(np.uint32), columns[2].astype(np.uint32)
+    columns = zip(*itertools.product(a.tolist(), places, places), strict=True)
+    a, position, length = (np.array(c, t) for c, t in zip(columns, (dtype, np.uint32, np.uint32), strict=True))
 
     def extract(a, position, length):
         position, length = position & 255, length & 255
