@@ -79,6 +79,9 @@ CACHING = re.compile(
 STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
 
 
+Row = tuple[str, list[int], int]  # an operation's name, its operands, its modifiers
+
+
 @dataclass
 class LoweredKernel:
     """What a launch needs. Offsets are bytes of the register file of a warp, which holds 32 lanes of each register."""
@@ -108,11 +111,11 @@ class _Lowering:
         self.registers: dict[str, int] = {}
         self.constants: dict[tuple[int, int], int] = {}
         self.specials = {name: self.allocate(4) for name in (*LANE_REGISTERS, *LAUNCH_REGISTERS, *BLOCK_REGISTERS)}
-        self.carry = self.allocate(0)
         self.symbols: dict[str, int] = {}
         self.globals: list[Variable] = []
         self.static_shared, self.local_bytes = self.place_variables(module)
         self.rows: list[tuple] = []
+        self.join = -1  # where the sides of the current branch meet
 
     def place_variables(self, module: ModuleText) -> tuple[int, int]:
         """Gives every variable that the kernel names an address; returns the bytes of static shared and local memory."""
@@ -137,7 +140,8 @@ class _Lowering:
         joins = reconvergence(self.successors())
         for index, statement in enumerate(statements):
             try:
-                self.statement(statement, joins.get(index, -1))
+                self.join = joins.get(index, -1)
+                self.statement(statement)
             except (Unsupported, KeyError, ValueError, IndexError) as error:
                 why = f" ({error})" if isinstance(error, Unsupported) else ""
                 raise Unsupported(f"{statement.text}, PTX line {statement.line} of {self.kernel.name}{why}") from error
@@ -170,10 +174,10 @@ class _Lowering:
             result.append(following)
         return result
 
-    def statement(self, s: Statement, join: int) -> None:
+    def statement(self, s: Statement) -> None:
         tokens = s.opcode.split(".")
         special = getattr(self, f"lower_{tokens[0]}", None)
-        name, operands, mods = special(s, tokens, join) if special else self.regular(s, tokens)
+        name, operands, mods = special(s, tokens) if special else self.regular(s, tokens)
         self.rows.append(self.row(name, operands, s.guard, mods))
 
     def row(self, name: str, operands: Sequence[int], guard: str, mods: int = 0) -> tuple:
@@ -248,11 +252,11 @@ class _Lowering:
 
     # Operations whose operands all have one type
 
-    def regular(self, s: Statement, tokens: list[str]) -> tuple[str, list[int], int]:
+    def regular(self, s: Statement, tokens: list[str]) -> Row:
         names, mods = _modifiers(tokens)
         width = SIZES[names[-1]]
         exceptions = WIDTHS.get(".".join(names[:2])) or WIDTHS.get(names[0]) or {}
-        operands = []
+        operands: list[int] = []
         for position, text in enumerate(s.operands):
             if names[-1] == "pred":
                 operands += self.predicate(text)[: 1 if position == 0 else 2]
@@ -260,7 +264,7 @@ class _Lowering:
                 operands.append(self.operand(text, exceptions.get(position, width) or 2 * width))
         return ".".join(names), operands, mods
 
-    def lower_mov(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_mov(self, s: Statement, tokens: list[str]) -> Row:
         target, source = s.operands
         width = SIZES[tokens[1]]
         if tokens[1] == "pred":
@@ -275,22 +279,22 @@ class _Lowering:
         name = f"{'unpack' if unpack else 'pack'}.{8 * part}.{8 * width}"
         return name, [len(parts), self.operand(source if unpack else target, width), *offsets], 0
 
-    def lower_not(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_not(self, s: Statement, tokens: list[str]) -> Row:
         if tokens[1] != "pred":
             return self.regular(s, tokens)
         where, flip = self.predicate(s.operands[1])
         return "not.pred", [self.predicate(s.operands[0])[0], where, ~flip, where, ~flip], 0
 
-    def lower_selp(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_selp(self, s: Statement, tokens: list[str]) -> Row:
         width = SIZES[tokens[1]]
         return s.opcode, [*(self.operand(o, width) for o in s.operands[:3]), *self.predicate(s.operands[3])], 0
 
-    def lower_slct(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_slct(self, s: Statement, tokens: list[str]) -> Row:
         names, mods = _modifiers(tokens)
         widths = [SIZES[names[1]]] * 3 + [4]
         return ".".join(names), [self.operand(o, w) for o, w in zip(s.operands, widths, strict=True)], mods
 
-    def lower_setp(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_setp(self, s: Statement, tokens: list[str]) -> Row:
         names, mods = _modifiers(tokens)
         width = SIZES[names[-1]]
         p, _, q = s.operands[0].partition("|")
@@ -300,14 +304,7 @@ class _Lowering:
         results = [self.operand(p, 0), self.operand(q, 0) if q else -1]
         return f"setp.{names[-1]}", [*results, *sources, COMPARISONS[names[1]], combination, *third], mods
 
-    def with_carry(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
-        if tokens[0] in ("add", "sub") and tokens[1] != "cc":
-            return self.regular(s, tokens)
-        return s.opcode, [*(self.operand(o, SIZES[tokens[-1]]) for o in s.operands), self.carry], 0
-
-    lower_add = lower_sub = lower_addc = lower_subc = with_carry
-
-    def lower_cvt(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_cvt(self, s: Statement, tokens: list[str]) -> Row:
         names, mods = _modifiers(tokens)
         if names[1] in ("f16x2", "bf16x2", "tf32"):
             return ".".join(names), [self.operand(o, 4) for o in s.operands], mods
@@ -320,7 +317,7 @@ class _Lowering:
 
     # Memory
 
-    def access(self, s: Statement, tokens: list[str], address: str, value: str) -> tuple[str, list[int], int]:
+    def access(self, s: Statement, tokens: list[str], address: str, value: str) -> Row:
         kind = tokens[-1]
         unknown = [t for t in tokens[1:-1] if not CACHING.fullmatch(t) and t not in STRONG]
         if unknown:
@@ -334,15 +331,15 @@ class _Lowering:
         operands = [*self.address(address), *map(int, fields), *(self.operand(v, width) for v in values)]
         return ".".join(filter(None, (tokens[0], space))), operands, 0
 
-    def lower_ld(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_ld(self, s: Statement, tokens: list[str]) -> Row:
         return self.access(s, tokens, s.operands[1], s.operands[0])
 
-    def lower_st(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_st(self, s: Statement, tokens: list[str]) -> Row:
         if tokens[1] == "param":  # an argument of a call, and all calls but a failed assert's are refused
             return "membar", [], 0
         return self.access(s, tokens, s.operands[0], s.operands[1])
 
-    def lower_cp(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_cp(self, s: Statement, tokens: list[str]) -> Row:
         if tokens[1:3] == ["async", "commit_group"] or tokens[1:3] == ["async", "wait_all"]:
             return s.opcode, [], 0
         if tokens[1:3] == ["async", "wait_group"]:
@@ -355,15 +352,15 @@ class _Lowering:
         size = immediate(s.operands[2])
         return "cp.async", [*self.address(s.operands[0]), *self.address(s.operands[1]), size, read], 0
 
-    def lower_cvta(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_cvta(self, s: Statement, tokens: list[str]) -> Row:
         to_generic = tokens[1] != "to"
         space = tokens[1 if to_generic else 2].split("::")[0]
         return "cvta", [*(self.operand(o, 8) for o in s.operands), int(to_generic), WINDOWS[space]], 0
 
-    def lower_isspacep(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_isspacep(self, s: Statement, tokens: list[str]) -> Row:
         return "isspacep", [self.operand(s.operands[0], 0), self.operand(s.operands[1], 8), WINDOWS[tokens[1]]], 0
 
-    def lower_atom(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_atom(self, s: Statement, tokens: list[str]) -> Row:
         kind, width = tokens[-1], SIZES[tokens[-1]]
         names = [t for t in tokens[1:-1] if not CACHING.fullmatch(t) and t not in STRONG | {"acq_rel", "noftz"}]
         space = next((t.split("::")[0] for t in tokens if t.split("::")[0] in WINDOWS), "")
@@ -376,28 +373,28 @@ class _Lowering:
 
     # Control, barriers and collectives
 
-    def lower_bra(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
-        return "bra", [self.kernel.labels[s.operands[-1]], join], 0
+    def lower_bra(self, s: Statement, tokens: list[str]) -> Row:
+        return "bra", [self.kernel.labels[s.operands[-1]], self.join], 0
 
-    def lower_ret(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_ret(self, s: Statement, tokens: list[str]) -> Row:
         return tokens[0], [], 0
 
     lower_exit = lower_trap = lower_ret
 
-    def lower_call(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_call(self, s: Statement, tokens: list[str]) -> Row:
         if "__assertfail" not in s.operands:
             raise Unsupported("a call")
         return "assert", [], 0
 
-    def ordering(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def ordering(self, s: Statement, tokens: list[str]) -> Row:
         return tokens[0], [], 0
 
     lower_membar = lower_fence = lower_nanosleep = lower_prefetch = ordering
 
-    def lower_createpolicy(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_createpolicy(self, s: Statement, tokens: list[str]) -> Row:
         return "mov.b64", [self.operand(s.operands[0], 8), self.constant(0, 8)], 0
 
-    def lower_bar(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_bar(self, s: Statement, tokens: list[str]) -> Row:
         if tokens[1:3] == ["warp", "sync"]:
             return s.opcode, [self.operand(s.operands[0], 4)], 0
         kind = next(t for t in tokens if t in ("sync", "arrive", "red"))
@@ -413,27 +410,23 @@ class _Lowering:
     def thread_count(self, operands: list[str]) -> list[int]:
         return [self.operand(operands[0], 4) if operands else -1]
 
-    def lower_shfl(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_shfl(self, s: Statement, tokens: list[str]) -> Row:
         result, _, inside = s.operands[0].partition("|")
         sources = [self.operand(o, 4) for o in s.operands[1:]]
         return s.opcode, [self.operand(result, 4), self.operand(inside, 0) if inside else -1, *sources], 0
 
-    def lower_vote(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_vote(self, s: Statement, tokens: list[str]) -> Row:
         result, condition, members = s.operands
         operands = [self.operand(result, SIZES[tokens[-1]]), *self.predicate(condition), self.operand(members, 4)]
         return s.opcode, operands, 0
 
-    def lower_elect(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
-        result, _, chosen = s.operands[0].partition("|")
-        return "elect.sync", [self.operand(result, 4), self.operand(chosen, 0), self.operand(s.operands[1], 4)], 0
-
     # Tensor cores
 
-    def lower_ldmatrix(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_ldmatrix(self, s: Statement, tokens: list[str]) -> Row:
         names = [t for t in tokens if t not in ("sync", "aligned", "shared", "shared::cta")]
         return ".".join(names), [*self.address(s.operands[1]), *self.vector_operands(s.operands[0], 4)], 0
 
-    def lower_mma(self, s: Statement, tokens: list[str], join: int) -> tuple[str, list[int], int]:
+    def lower_mma(self, s: Statement, tokens: list[str]) -> Row:
         if tokens[1:3] != ["sync", "aligned"] or tokens[4:6] != ["row", "col"]:
             raise Unsupported("a form of mma")
         operands = [offset for o in s.operands for offset in self.vector_operands(o, 4)]

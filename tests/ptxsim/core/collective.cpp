@@ -102,16 +102,6 @@ void active_mask(Warp& w, const Instr& i, Mask m) {
     for_lanes(m, [=](int lane) { d[lane] = m; });
 }
 
-// One lane is elected: the lowest. a: result, predicate, members
-void elect(Warp& w, const Instr& i, Mask m) {
-    Mask chosen = 0;
-    for_members(w, m, i.a[2], [&](int lane, Mask members) {
-        w.reg<uint32_t>(i.a[0])[lane] = uint32_t(__builtin_ctz(members));
-        chosen |= members & -members;
-    });
-    w.pred(i.a[1]) = (w.pred(i.a[1]) & ~m) | (chosen & m);
-}
-
 }  // namespace
 
 void add_collective(Table& t) {
@@ -136,7 +126,6 @@ void add_collective(Table& t) {
     t["redux.sync.or.b32"] = {reduce<U, [](U x, U y) { return x | y; }>, 0};
     t["redux.sync.xor.b32"] = {reduce<U, [](U x, U y) { return x ^ y; }>, 0};
     t["activemask.b32"] = {active_mask, 0};
-    t["elect.sync"] = {elect, 0};
 }
 
 }  // namespace ptxsim

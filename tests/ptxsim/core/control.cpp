@@ -86,7 +86,7 @@ void add_control(Table& t) {
     t["exit"] = t["ret"] = {exit_lanes, 0};
     t["trap"] = {trap, 0};
     t["assert"] = {failed_assert, 0};
-    for (const char* name : {"membar", "fence", "nanosleep", "prefetch", "griddepcontrol"}) t[name] = {nothing, 0};
+    for (const char* name : {"membar", "fence", "nanosleep", "prefetch"}) t[name] = {nothing, 0};
     t["bar.sync"] = {sync, 0};
     t["bar.arrive"] = {arrive_only, 0};
     t["bar.red"] = {reduce, 0};

@@ -111,20 +111,6 @@ void repack(Warp& w, const Instr& i, Mask m) {
     }
 }
 
-// add.cc and its kin. a: result, sources, carry (a mask)
-template <bool SUBTRACT, bool IN, bool OUT>
-void with_carry(Warp& w, const Instr& i, Mask m) {
-    u32* d = w.reg<u32>(i.a[0]);
-    const u32 *x = w.reg<u32>(i.a[1]), *y = w.reg<u32>(i.a[2]);
-    Mask before = w.pred(i.a[3]), after = 0;
-    for_lanes(m, [&](int l) {
-        u64 sum = u64(x[l]) + (SUBTRACT ? u32(~y[l]) : y[l]) + (IN ? before >> l & 1 : SUBTRACT);
-        d[l] = u32(sum);
-        after |= Mask(sum >> 32) << l;
-    });
-    if (OUT) w.pred(i.a[3]) = (before & ~m) | after;
-}
-
 template <class T>
 void add_arithmetic(Table& t, const std::string& type) {
     using W = Wide<T>;
@@ -142,7 +128,6 @@ void add_arithmetic(Table& t, const std::string& type) {
     t["rem." + type] = {lanewise<[](T x, T y) { return y ? minus(x, low(y, quotient(x, y))) : x; }, T, T, T>, 0};
     t["min." + type] = {lanewise<[](T x, T y) { return std::min(x, y); }, T, T, T>, 0};
     t["max." + type] = {lanewise<[](T x, T y) { return std::max(x, y); }, T, T, T>, 0};
-    t["sad." + type] = {lanewise<[](T x, T y, T z) { return plus(z, x < y ? minus(y, x) : minus(x, y)); }, T, T, T, T>, 0};
     t["shr." + type] = {lanewise<[](T x, u32 n) { return n < BITS<T> ? T(x >> n) : T(x < 0 ? -1 : 0); }, T, T, u32>, 0};
     if constexpr (sizeof(T) >= 4) {
         t["bfe." + type] = {lanewise<extract<T>, T, T, u32, u32>, 0};
@@ -160,7 +145,6 @@ void add_bits(Table& t, const std::string& bits) {
     t["or.b" + bits] = {lanewise<[](T x, T y) { return T(x | y); }, T, T, T>, 0};
     t["xor.b" + bits] = {lanewise<[](T x, T y) { return T(x ^ y); }, T, T, T>, 0};
     t["not.b" + bits] = {lanewise<[](T x) { return T(~x); }, T, T>, 0};
-    t["cnot.b" + bits] = {lanewise<[](T x) { return T(x == 0); }, T, T>, 0};
     t["shl.b" + bits] = {lanewise<[](T x, u32 n) { return n < BITS<T> ? T(x << n) : T(0); }, T, T, u32>, 0};
     t["shr.b" + bits] = {lanewise<[](T x, u32 n) { return n < BITS<T> ? T(x >> n) : T(0); }, T, T, u32>, 0};
     if constexpr (sizeof(T) >= 4) {
@@ -217,14 +201,6 @@ void add_integer(Table& t) {
     t["unpack.16.32"] = {repack<u32, uint16_t, false>, 0};
     t["unpack.32.64"] = {repack<u64, u32, false>, 0};
     t["unpack.16.64"] = {repack<u64, uint16_t, false>, 0};
-    for (std::string type : {"u32", "s32"}) {
-        t["add.cc." + type] = {with_carry<false, false, true>, 0};
-        t["addc.cc." + type] = {with_carry<false, true, true>, 0};
-        t["addc." + type] = {with_carry<false, true, false>, 0};
-        t["sub.cc." + type] = {with_carry<true, false, true>, 0};
-        t["subc.cc." + type] = {with_carry<true, true, true>, 0};
-        t["subc." + type] = {with_carry<true, true, false>, 0};
-    }
 }
 
 }  // namespace ptxsim
