@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.ptxsim import Out
-from tests.ptxsim.probes import cuda_kernel
+from tests.ptxsim.probes import NEEDS_NVCC, cuda_kernel
+
+pytestmark = NEEDS_NVCC
 
 
 def draw(*shape, seed=0):

@@ -7,7 +7,9 @@ import torch
 
 from tests import ptxsim
 from tests.ptxsim import ALL_CHECKS, Out
-from tests.ptxsim.probes import FOLDER, cuda_kernel
+from tests.ptxsim.probes import FOLDER, NEEDS_NVCC, cuda_kernel
+
+pytestmark = NEEDS_NVCC
 
 LINES = (FOLDER / "faults.cu").read_text().splitlines()
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests import ptxsim
+
+pytest.importorskip("triton")
 from tests.ptxsim.probes import triton_kernels as kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -108,3 +110,11 @@ def test_a_sum_by_atomics_is_exact_in_any_order_of_blocks():
         report = ptxsim.run_triton(kernels.sum_by_atomics, 10, x, out, 5000, BLOCK=512, launch={"seed": seed})
         assert out.item() == x.sum().item()
         assert report.params["OUT"].atomic.requests == 10
+
+
+def test_a_flash_attention_block_is_fast():
+    """64 rows against 128 keys, D = 64, bf16, 4 warps: under 0.2 s is the aim; it takes milliseconds."""
+    arguments = [torch.randn(128, 64).bfloat16() for _ in range(4)]
+    kernel = kernels.flash_attention
+    seconds = min(ptxsim.run_triton(kernel, 1, *arguments, 128, 0.18, BM=64, BN=64, D=64).seconds for _ in range(3))
+    assert seconds < 0.2
