@@ -42,42 +42,41 @@ struct Tf32 { uint32_t bits; };
 inline float widen(Tf32 x) { return bits_as<float>(x.bits & ~0x1FFFu); }  // the hardware reads 10 bits of mantissa
 using ptxsim::widen;
 
-// D = A B + C for a 16 x K by K x 8 product. Element e of register r of lane l (g = l / 4, t = l % 4) is, with P = 2
-// elements a register for 16-bit types and 1 for tf32:
-//   A: row g + 8 (r % 2), column P t + 4 P (r / 2) + e      B: row P t + 4 P r + e, column g      C, D: row g + 8 (r / 2), column 2 t + r % 2
+// D = A B + C for a 16 x K by K x 8 product. Element e of register r of lane 4 g + t is, with P = 2 elements a register for
+// 16-bit types and 1 for tf32:
+//   A:    row g + 8 (r % 2), column P t + 4 P (r / 2) + e
+//   B:    row P t + 4 P r + e, column g
+//   C, D: row g + 8 (r / 2), column 2 t + r % 2 for floats; row g + 8 r, column 2 t + e for halves
 // Products are exact in float; they are added to C one by one in the order of k, each sum rounded to float.
 // a: D, A, B, C registers
 template <class T, int K, class Acc>
 void multiply(Warp& w, const Instr& i, Mask m) {
     check_warp(w, m);
     constexpr int P = 4 / sizeof(T), A_REGS = 16 * K / LANES / P, B_REGS = 8 * K / LANES / P;
-    constexpr bool WIDE = std::is_same_v<Acc, float>;
-    constexpr int C_REGS = WIDE ? 4 : 2;
+    constexpr int E = 4 / sizeof(Acc), C_REGS = 4 / E;
     const int32_t *d = i.a, *a = d + C_REGS, *b = a + A_REGS, *c = b + B_REGS;
     float A[16][K], B[K][8], C[16][8];
-    for (int r = 0; r < A_REGS; ++r)
-        for (int l = 0; l < LANES; ++l)
-            for (int e = 0; e < P; ++e)
-                A[l / 4 + 8 * (r % 2)][P * (l % 4) + 4 * P * (r / 2) + e] = widen(w.reg<T>(a[r])[P * l + e]);
-    for (int r = 0; r < B_REGS; ++r)
-        for (int l = 0; l < LANES; ++l)
-            for (int e = 0; e < P; ++e) B[P * (l % 4) + 4 * P * r + e][l / 4] = widen(w.reg<T>(b[r])[P * l + e]);
-    // Register r of float accumulators holds element r % 2 of row half r / 2; a register of halves holds both elements.
-    constexpr int E = WIDE ? 1 : 2;
-    auto row = [](int r, int l) { return l / 4 + 8 * (WIDE ? r / 2 : r); };
-    auto column = [](int r, int l, int e) { return 2 * (l % 4) + (WIDE ? r % 2 : e); };
-    for (int r = 0; r < C_REGS; ++r)
-        for (int l = 0; l < LANES; ++l)
-            for (int e = 0; e < E; ++e) C[row(r, l)][column(r, l, e)] = widen(w.reg<Acc>(c[r])[E * l + e]);
-    for (int x = 0; x < 16; ++x)
-        for (int k = 0; k < K; ++k)
+    auto each = [](int registers, int elements, auto f) {
+        for (int r = 0; r < registers; ++r)
+            for (int g = 0; g < 8; ++g)
+                for (int t = 0; t < 4; ++t)
+                    for (int e = 0; e < elements; ++e) f(r, g, t, e, (4 * g + t) * elements + e);
+    };
+    auto sum = [&](int r, int g, int t, int e) -> float& {
+        return E == 1 ? C[g + 8 * (r / 2)][2 * t + r % 2] : C[g + 8 * r][2 * t + e];
+    };
+    each(A_REGS, P, [&](int r, int g, int t, int e, int n) {
+        A[g + 8 * (r % 2)][P * t + 4 * P * (r / 2) + e] = widen(w.reg<T>(a[r])[n]);
+    });
+    each(B_REGS, P, [&](int r, int g, int t, int e, int n) { B[P * t + 4 * P * r + e][g] = widen(w.reg<T>(b[r])[n]); });
+    each(C_REGS, E, [&](int r, int g, int t, int e, int n) { sum(r, g, t, e) = widen(w.reg<Acc>(c[r])[n]); });
+    for (int k = 0; k < K; ++k)
+        for (int x = 0; x < 16; ++x)
             for (int y = 0; y < 8; ++y) C[x][y] = std::fma(A[x][k], B[k][y], C[x][y]);
-    for (int r = 0; r < C_REGS; ++r)
-        for (int l = 0; l < LANES; ++l)
-            for (int e = 0; e < E; ++e) {
-                float value = C[row(r, l)][column(r, l, e)];
-                w.reg<Acc>(d[r])[E * l + e] = narrow<Acc>(std::isnan(value) ? bits_as<float>(0x7FFFFFFF) : value);
-            }
+    each(C_REGS, E, [&](int r, int g, int t, int e, int n) {
+        float value = sum(r, g, t, e);
+        w.reg<Acc>(d[r])[n] = narrow<Acc>(std::isnan(value) ? canonical_nan<float>() : value);
+    });
     w.machine->counters.macs += 16 * 8 * K;
 }
 
