@@ -44,15 +44,15 @@ class Module:
 
     @property
     def kernel_names(self) -> list[str]:
-        return list(self.text.kernels)
+        return list(self.text.entries)
 
     def kernel(self, name: str) -> Kernel:
         """The entry of this name, or the only one whose mangled name contains it."""
-        names = [name] if name in self.text.kernels else [n for n in self.text.kernels if name in n]
+        names = [name] if name in self.kernel_names else [n for n in self.kernel_names if name in n]
         if len(names) != 1:
             raise KeyError(f"{name} is in the names of {len(names)} kernels of {self.name}: {self.kernel_names}")
         if names[0] not in self._kernels:
-            self._kernels[names[0]] = Kernel(lower(self.text.kernels[names[0]], self.text, lookup))
+            self._kernels[names[0]] = Kernel(lower(self.text.kernel(names[0]), self.text, lookup))
         return self._kernels[names[0]]
 
 
@@ -61,7 +61,7 @@ class TritonKernel(Kernel):
 
     def __init__(self, ptx: str, metadata: Any, param_names: Sequence[str]):
         text = parse(ptx)
-        super().__init__(lower(text.kernels[metadata.name], text, lookup), param_names)
+        super().__init__(lower(text.kernel(metadata.name), text, lookup), param_names)
         self.ptx, self.metadata = ptx, metadata
         self.arguments = len(param_names)
         if metadata.global_scratch_size or metadata.profile_scratch_size:

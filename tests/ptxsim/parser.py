@@ -50,9 +50,18 @@ class KernelText:
 
 @dataclass
 class ModuleText:
+    """Bodies are parsed when they are asked for: a module may hold many long kernels."""
+
     target: str
-    kernels: dict[str, KernelText]
-    variables: dict[str, Variable]  # .global, .const and .shared of the module
+    files: dict[int, str]
+    entries: dict[str, tuple[KernelText, str, int]] = field(default_factory=dict)  # a head, its body, the body's line
+    variables: dict[str, Variable] = field(default_factory=dict)  # .global, .const and .shared of the module
+
+    def kernel(self, name: str) -> KernelText:
+        kernel, body, line = self.entries[name]
+        if not kernel.statements:
+            _Body(kernel, self.files).parse(body, line)
+        return kernel
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -78,12 +87,11 @@ def parse(text: str) -> ModuleText:
     text = _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), text)
     files = {int(number): name for number, name in _FILE.findall(text)}
     target = re.search(r"\.target\s+(\w+)", text)
-    module = ModuleText(target.group(1) if target else "", {}, {})
+    module = ModuleText(target.group(1) if target else "", files)
     for line, head, body in _top_level(text):
         if ".entry" in head:
             kernel = _parse_head(head)
-            _Body(kernel, files).parse(body, line)
-            module.kernels[kernel.name] = kernel
+            module.entries[kernel.name] = kernel, body, line
         elif re.match(r"(\.\w+\s+)*\.func\b", head):
             if body:
                 raise Unsupported(
