@@ -80,6 +80,6 @@ def sum_by_atomics(X, OUT, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def copy_strided(X, OUT, n, x_stride, out_stride, BLOCK: tl.constexpr):
+def scale(OUT, X, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(OUT + at * out_stride, tl.load(X + at * x_stride, mask=at < n), mask=at < n)
+    tl.store(OUT + at, 2 * tl.load(X + at, mask=at < n), mask=at < n)
