@@ -139,3 +139,16 @@ def test_groups_within_a_warp_and_a_count_at_a_barrier():
     out = torch.empty_like(x)
     cuda_kernel("tiles_of_eight").launch(1, 128, [Out(out), x])
     assert torch.equal(out, x.reshape(-1, 8).sum(1).repeat_interleave(8) + 1000 * 87)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_generic_pointers_atomics_and_votes_at_barriers(seed):
+    x, out = torch.arange(64.0), torch.zeros(66)
+    halves, wide, votes = torch.zeros(2).half(), torch.zeros(1, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    report = cuda_kernel("generic_pointers").launch(1, 64, [out, x, halves, wide, votes], seed=seed)
+    expected = [100 + 63 - t if t % 3 == 0 else t ^ 1 if t % 3 == 1 else -t if t & 1 else t for t in range(64)]
+    assert out.tolist() == [*expected, 32, 100 + 32]
+    assert halves.tolist() == [64, 32]
+    assert 32 <= wide.item() <= 64  # 64 if the first warp runs first, otherwise its lanes alone advance it
+    assert votes.tolist() == [1, 1, 1, 1]
+    assert report.shared.by["atom"].wavefronts > 0

@@ -1,4 +1,4 @@
-"""The README's ten lines run as printed, and its numbers of lines are those of the files."""
+"""The README's ten lines run as printed."""
 
 import re
 
@@ -21,16 +21,3 @@ def test_the_ten_lines():
         if (i < n) y[i] = a * x[i];
     }"""
     exec(lines, {"torch": torch, "source": source, "triton_fn": scale})
-
-
-def test_the_files():
-    table = README.partition("## The files")[2]
-    rows = re.findall(r"^\| (`.*?) \| ([\d, ]+) \|$", table, re.MULTILINE)
-    folder, sizes = FOLDER.parent, {}
-    for text, numbers in rows:
-        names = re.findall(r"`((?:core/)?\w+\.(?:py|cpp|h))`", text)
-        sizes |= dict(zip(names, map(int, numbers.split(", ")), strict=True))
-    assert sizes, "no table"
-    for name, size in sizes.items():
-        path = folder / name if (folder / name).exists() else folder / "core" / name
-        assert len(path.read_text().splitlines()) == size, name

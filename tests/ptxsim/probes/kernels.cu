@@ -198,3 +198,22 @@ __device__ void shared_strided(T* out, const T* x, int stride) {
 extern "C" __global__ void shared_strided_4(float* out, const float* x, int stride) { shared_strided(out, x, stride); }
 extern "C" __global__ void shared_strided_8(float2* out, const float2* x, int stride) { shared_strided(out, x, stride); }
 extern "C" __global__ void shared_strided_16(float4* out, const float4* x, int stride) { shared_strided(out, x, stride); }
+
+// Pointers whose memory is known at run time alone; atomics on halves, floats and 64 bits; votes at a barrier.
+extern "C" __global__ void generic_pointers(float* out, const float* x, __half2* halves, unsigned long long* wide, int* votes) {
+    __shared__ float s[64];
+    float mine[2] = {x[threadIdx.x], -x[threadIdx.x]};
+    s[threadIdx.x] = 100 + x[threadIdx.x];
+    __syncthreads();
+    const float* p = threadIdx.x % 3 == 0 ? &s[63 - threadIdx.x] : threadIdx.x % 3 == 1 ? &x[threadIdx.x ^ 1] : &mine[threadIdx.x & 1];
+    out[threadIdx.x] = *p;
+    float* q = threadIdx.x % 2 ? &s[0] : &out[64];
+    __syncthreads();
+    atomicAdd(q, 1.0f);
+    __syncthreads();
+    if (threadIdx.x == 0) out[65] = s[0];
+    atomicAdd(halves, __floats2half2_rn(1.0f, 0.5f));
+    atomicCAS(wide, threadIdx.x, threadIdx.x + 1ull);
+    int both = __syncthreads_and(x[threadIdx.x] >= 0), either = __syncthreads_or(x[threadIdx.x] > 62);
+    if (threadIdx.x == 0) votes[0] = both, votes[1] = either, votes[2] = __isShared(p), votes[3] = __isGlobal(out);
+}
