@@ -96,6 +96,9 @@ def load() -> ctypes.CDLL:
     core.ptxsim_operation.restype = i32
     core.ptxsim_run.argtypes = [ctypes.POINTER(Launch), ctypes.POINTER(Outcome)]
     core.ptxsim_run.restype = None
+    sizes = (u32 * 4)()
+    core.ptxsim_sizes(sizes)
+    assert [*sizes] == [96, *map(ctypes.sizeof, (Allocation, Launch, Outcome))], "core.py and the core differ in layout"
     return core
 
 

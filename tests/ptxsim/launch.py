@@ -126,7 +126,7 @@ class Kernel:
         seed: int = 0,
         shared_limit: int = 163 * 1024,
         checks: Collection[str] = ALL_CHECKS,
-        max_instructions: int = 1 << 40,
+        max_instructions: int = 1 << 28,
     ) -> Report:
         """Runs the kernel; the README says what arguments may be. Raises Fault, SharedLimit or ValueError."""
         if unknown := set(checks) - ALL_CHECKS:

@@ -189,6 +189,11 @@ int32_t ptxsim_operation(const char* name, uint32_t mods) {
     return found == index.end() || (mods & ~list[size_t(found->second)].second.mods) ? -1 : found->second;
 }
 
+// The bytes of Instr, Allocation, Launch and Outcome, which Python declares again.
+void ptxsim_sizes(uint32_t* sizes) {
+    sizes[0] = sizeof(Instr), sizes[1] = sizeof(Allocation), sizes[2] = sizeof(Launch), sizes[3] = sizeof(Outcome);
+}
+
 void ptxsim_run(Launch* launch, Outcome* outcome) {
     Machine machine{};
     machine.code = launch->code;
