@@ -6,91 +6,88 @@ namespace {
 
 // a: target, where the two sides meet (-1: nowhere)
 void branch(Warp& w, const Instr& i, Mask taken) {
-    Mask other = w.active & ~taken;
-    if (other) {
-        int32_t join = i.a[1] < 0 ? w.reconverge : i.a[1];
-        if (join != w.reconverge) w.frames.push_back({join, w.reconverge, w.active});
-        if (w.pc != join) w.frames.push_back({w.pc, join, other});
-        w.reconverge = join;
-        w.active = taken;
-    }
-    w.pc = i.a[0];
+  Mask other = w.active & ~taken;
+  if (other) {
+    int32_t join = i.a[1] < 0 ? w.reconverge : i.a[1];
+    if (join != w.reconverge) w.frames.push_back({join, w.reconverge, w.active});
+    if (w.pc != join) w.frames.push_back({w.pc, join, other});
+    w.reconverge = join;
+    w.active = taken;
+  }
+  w.pc = i.a[0];
 }
 
 void exit_lanes(Warp& w, const Instr&, Mask lanes) {
-    w.live &= ~lanes;
-    w.active &= ~lanes;
+  w.live &= ~lanes;
+  w.active &= ~lanes;
 }
 
 void trap(Warp& w, const Instr&, Mask lanes) {
-    w.machine->fault(w, __builtin_ctz(lanes), Fault::TRAPPED, "the kernel trapped");
+  w.machine->fault(w, __builtin_ctz(lanes), Fault::TRAPPED, "the kernel trapped");
 }
 
 void failed_assert(Warp& w, const Instr&, Mask lanes) {
-    w.machine->fault(w, __builtin_ctz(lanes), Fault::TRAPPED, "a device assert failed");
+  w.machine->fault(w, __builtin_ctz(lanes), Fault::TRAPPED, "a device assert failed");
 }
 
 void nothing(Warp&, const Instr&, Mask) {}
 
 void check_whole(Warp& w, Mask lanes) {
-    if (lanes != w.live && w.machine->checks_for(Check::BARRIERS))
-        w.machine->fault(w, __builtin_ctz(w.live & ~lanes), Fault::DIVERGENT_BARRIER,
-                         "is not at the barrier that other threads of its warp have reached");
+  if (lanes != w.live && w.machine->checks_for(Check::BARRIERS))
+    w.machine->fault(w, __builtin_ctz(w.live & ~lanes), Fault::DIVERGENT_BARRIER,
+                     "is not at the barrier that other threads of its warp have reached");
 }
 
 // a: id register, count register (-1: all threads)
 Barrier& arrive(Warp& w, const Instr& i, Mask lanes, bool waits) {
-    check_whole(w, lanes);
-    int lane = __builtin_ctz(lanes);
-    uint32_t id = w.reg<uint32_t>(i.a[0])[lane], count = i.a[1] < 0 ? 0 : w.reg<uint32_t>(i.a[1])[lane];
-    if (id >= 16 || count % LANES)
-        w.machine->fault(w, lane, Fault::STUCK, "barrier " + std::to_string(id) + " for " + std::to_string(count) + " threads: no such barrier");
-    return w.machine->arrive(w, id, count / LANES, waits);
+  check_whole(w, lanes);
+  int lane = __builtin_ctz(lanes);
+  uint32_t id = w.reg<uint32_t>(i.a[0])[lane], count = i.a[1] < 0 ? 0 : w.reg<uint32_t>(i.a[1])[lane];
+  if (id >= 16 || count % LANES)
+    w.machine->fault(w, lane, Fault::STUCK,
+                     "barrier " + std::to_string(id) + " for " + std::to_string(count) + " threads: no such barrier");
+  return w.machine->arrive(w, id, count / LANES, waits);
 }
 
-void sync(Warp& w, const Instr& i, Mask lanes) {
-    arrive(w, i, lanes, true);
-}
+void sync(Warp& w, const Instr& i, Mask lanes) { arrive(w, i, lanes, true); }
 
-void arrive_only(Warp& w, const Instr& i, Mask lanes) {
-    arrive(w, i, lanes, false);
-}
+void arrive_only(Warp& w, const Instr& i, Mask lanes) { arrive(w, i, lanes, false); }
 
 // a: id, count, predicate, flip; then what machine.cpp reads: result and kind are moved to the front by lower.py
 void reduce(Warp& w, const Instr& i, Mask lanes) {
-    Instr barrier = i;
-    barrier.a[0] = i.a[2], barrier.a[1] = i.a[3];
-    Barrier& b = arrive(w, barrier, lanes, true);
-    Mask holds = (w.pred(i.a[4]) ^ Mask(i.a[5])) & lanes;
-    b.count += uint32_t(__builtin_popcount(holds));
-    b.all &= holds == lanes;
-    w.reduction = &i;
+  Instr barrier = i;
+  barrier.a[0] = i.a[2], barrier.a[1] = i.a[3];
+  Barrier& b = arrive(w, barrier, lanes, true);
+  Mask holds = (w.pred(i.a[4]) ^ Mask(i.a[5])) & lanes;
+  b.count += uint32_t(__builtin_popcount(holds));
+  b.all &= holds == lanes;
+  w.reduction = &i;
 }
 
 // a: member mask
 void warp_sync(Warp& w, const Instr& i, Mask lanes) {
-    if (w.machine->checks_for(Check::BARRIERS))
-        for (Mask rest = lanes; rest; rest &= rest - 1) {
-            int lane = __builtin_ctz(rest);
-            Mask members = w.reg<Mask>(i.a[0])[lane];
-            if (!(members >> lane & 1) || (members & w.live & ~lanes))
-                w.machine->fault(w, lane, Fault::DIVERGENT_BARRIER, "waits for lanes that are elsewhere");
-        }
-    w.machine->shared.next_epoch(uint32_t(w.index));
+  if (w.machine->checks_for(Check::BARRIERS))
+    for (Mask rest = lanes; rest; rest &= rest - 1) {
+      int lane = __builtin_ctz(rest);
+      Mask members = w.reg<Mask>(i.a[0])[lane];
+      if (!(members >> lane & 1) || (members & w.live & ~lanes))
+        w.machine->fault(w, lane, Fault::DIVERGENT_BARRIER, "waits for lanes that are elsewhere");
+    }
+  w.machine->shared.next_epoch(uint32_t(w.index));
 }
 
 }  // namespace
 
 void add_control(Table& t) {
-    t["bra"] = {branch, 0};
-    t["exit"] = t["ret"] = {exit_lanes, 0};
-    t["trap"] = {trap, 0};
-    t["assert"] = {failed_assert, 0};
-    for (const char* name : {"membar", "fence", "nanosleep", "prefetch"}) t[name] = {nothing, 0};
-    t["bar.sync"] = {sync, 0};
-    t["bar.arrive"] = {arrive_only, 0};
-    t["bar.red"] = {reduce, 0};
-    t["bar.warp.sync"] = {warp_sync, 0};
+  t["bra"] = {branch};
+  t["exit"] = t["ret"] = {exit_lanes};
+  t["trap"] = {trap};
+  t["assert"] = {failed_assert};
+  for (const char* name : {"membar", "fence", "nanosleep", "prefetch"}) t[name] = {nothing};
+  t["bar.sync"] = {sync};
+  t["bar.arrive"] = {arrive_only};
+  t["bar.red"] = {reduce};
+  t["bar.warp.sync"] = {warp_sync};
 }
 
 }  // namespace ptxsim
