@@ -300,3 +300,24 @@ def test_ldmatrix(transposed):
         matrix = matrices[j].T if transposed else matrices[j]
         expected = np.ascontiguousarray(matrix).view(np.uint32)
         np.testing.assert_array_equal(result[j], expected[LANES // 4, LANES % 4])
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "ld.global.nc.L1::no_allocate.L2::128B.b32 t0, [w0]; mov.b32 d, t0;",
+        "createpolicy.fractional.L2::evict_last.b64 w1, 1.0; ld.global.L1::evict_last.L2::cache_hint.b32 d, [w0], w1;",
+        "ld.volatile.global.u32 d, [w0];",
+        "ld.acquire.gpu.global.u32 d, [w0];",
+        "ld.relaxed.sys.global.u32 d, [w0];",
+        "ld.cv.u32 d, [w0];",
+        "prefetch.global.L2 [w0]; fence.acq_rel.gpu; membar.gl; ld.global.ca.u32 d, [w0+0];",
+        "atom.relaxed.gpu.global.add.u32 d, [w0], 0;",
+        "red.release.gpu.global.add.u32 [w0], 0; barrier.sync.aligned 0; ld.global.cg.u32 d, [w0];",
+        "st.global.cs.u32 [w0], 77; ld.global.lu.u32 d, [w0];",
+        ".shared .align 16 .b8 s[16]; mov.u32 t0, s; cp.async.ca.shared.global.L2::128B [t0], [w0], 4; cp.async.wait_all; ld.shared.u32 d, [t0];",
+    ],
+)  # fmt: skip
+def test_hints_orderings_and_scopes_are_accepted(instruction):
+    code = "ld.param.u64 w0, [p1];" + instruction
+    assert execute(code, LANES[:1], extra=np.array([77], np.uint32), out=np.uint32).tolist() == [77]

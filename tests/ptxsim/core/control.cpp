@@ -53,7 +53,7 @@ void sync(Warp& w, const Instr& i, Mask lanes) { arrive(w, i, lanes, true); }
 
 void arrive_only(Warp& w, const Instr& i, Mask lanes) { arrive(w, i, lanes, false); }
 
-// a: id, count, predicate, flip; then what machine.cpp reads: result and kind are moved to the front by lower.py
+// a: result and kind, as Machine::complete_barriers reads them; id, count, predicate, flip
 void reduce(Warp& w, const Instr& i, Mask lanes) {
   Instr barrier = i;
   barrier.a[0] = i.a[2], barrier.a[1] = i.a[3];

@@ -10,8 +10,7 @@ namespace {
 // x86 rounds as this says while it lives: scalar and vector arithmetic both follow it.
 class Rounding {
  public:
-  explicit Rounding(uint32_t mods)
-      : set_(mods & (RZ | RM | RP)) {
+  explicit Rounding(uint32_t mods) : set_(mods & (RZ | RM | RP)) {
     if (set_) fesetround(mods & RZ ? FE_TOWARDZERO : mods & RM ? FE_DOWNWARD : FE_UPWARD);
   }
   ~Rounding() {

@@ -72,9 +72,7 @@ struct Memory {
 // Collects what one instruction of a warp touches in global memory, for the counters.
 class Request {
  public:
-  Request(Warp& w, Use use)
-      : warp_(w),
-        use_(use) {}
+  Request(Warp& w, Use use) : warp_(w), use_(use) {}
   ~Request() { flush(); }
   Request(const Request&) = delete;
   void add(uint64_t address, uint32_t size);
@@ -93,9 +91,7 @@ class Request {
 // conflicts.
 class Wavefronts {
  public:
-  Wavefronts(Warp& w, uint32_t size)
-      : warp_(w),
-        size_(size) {}
+  Wavefronts(Warp& w, uint32_t size) : warp_(w), size_(size) {}
   ~Wavefronts();
   Wavefronts(const Wavefronts&) = delete;
   void add(int lane, uint32_t address) { address_[lane] = address, lanes_ |= 1u << lane; }
