@@ -57,6 +57,13 @@ def test_half2():
     assert torch.equal(out, exact.half().clamp(min=0))
 
 
+@pytest.mark.parametrize("n", [1, 20, 40, 64])
+def test_barrier_after_some_threads_have_returned(n):
+    x, out = draw(64), torch.zeros(64)
+    cuda_kernel("reversed_without_the_rest").launch(1, 64, [out, x, n])
+    assert torch.equal(out[:n], x[:n].flip(0))
+
+
 def test_divergent_loops_with_early_exits():
     start = torch.arange(-5, 95, dtype=torch.int32)
     steps = torch.empty_like(start)

@@ -90,6 +90,13 @@ def test_missing_barrier_before_reuse_is_found_whatever_the_order_of_warps():
             launch("missing_syncthreads_before_reuse", seed=seed)
 
 
+def test_arriving_orders_what_came_before_it_alone():
+    for seed in range(8):
+        with pytest.raises(ptxsim.Fault) as caught:
+            launch("writes_after_arriving", seed=seed)
+        assert caught.type in (ptxsim.SharedRace, ptxsim.UnwrittenShared)  # the reader came second, or first
+
+
 @pytest.mark.parametrize(("limit", "fits"), [(99, 99), (163, 163), (227, 227)])
 def test_shared_memory_beyond_the_limit(limit, fits):
     launch_bytes = {"shared": fits * 1024 + 4}

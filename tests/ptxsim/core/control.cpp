@@ -4,9 +4,21 @@
 namespace ptxsim {
 namespace {
 
+void exit_lanes(Warp& w, const Instr&, Mask lanes) {
+  w.live &= ~lanes;
+  w.active &= ~lanes;
+}
+
+bool leaves(const Warp& w, int32_t pc) {
+  return w.machine->handlers[size_t(pc)] == exit_lanes && w.machine->code[pc].guard < 0;
+}
+
+// A side that leads to an exit alone is gone at once: barriers on the other side do not wait for its lanes.
 // a: target, where the two sides meet (-1: nowhere)
 void branch(Warp& w, const Instr& i, Mask taken) {
   Mask other = w.active & ~taken;
+  if (other && leaves(w, i.a[0])) return exit_lanes(w, i, taken);
+  if (other && leaves(w, w.pc)) exit_lanes(w, i, other), other = 0;
   if (other) {
     int32_t join = i.a[1] < 0 ? w.reconverge : i.a[1];
     if (join != w.reconverge) w.frames.push_back({join, w.reconverge, w.active});
@@ -15,11 +27,6 @@ void branch(Warp& w, const Instr& i, Mask taken) {
     w.active = taken;
   }
   w.pc = i.a[0];
-}
-
-void exit_lanes(Warp& w, const Instr&, Mask lanes) {
-  w.live &= ~lanes;
-  w.active &= ~lanes;
 }
 
 void trap(Warp& w, const Instr&, Mask lanes) {

@@ -99,6 +99,7 @@ Barrier& Machine::arrive(Warp& w, uint32_t id, uint32_t expected, bool waits) {
     fault(w, -1, Fault::STUCK, "barrier " + std::to_string(id) + " is met with different thread counts");
   b.expected = expected;
   b.members.push_back(&w);
+  shared.arrive(uint32_t(w.index), b.known);
   if (waits) {
     b.waiting.push_back(&w);
     w.status = Status::WAITING;
@@ -111,8 +112,8 @@ void Machine::complete_barriers(Block& block) {
   for (const Warp& w : block.warps) living += w.status != Status::DONE;
   for (Barrier& b : block.barriers) {
     if (b.members.empty() || b.members.size() < (b.expected ? b.expected : living)) continue;
-    shared.meet(b.members, b.waiting);
     for (Warp* w : b.waiting) {
+      std::copy(b.known, b.known + 32, shared.clock[w->index]);
       w->status = Status::RUNNING;
       if (!w->reduction) continue;
       const Instr& i = *w->reduction;  // a: result, kind (0 popc, 1 and, 2 or)

@@ -90,10 +90,11 @@ struct Warp {
   void next_frame();
 };
 
-// A named barrier of a block. Its clock gathers what its participants know; see SharedMemory.
+// A named barrier of a block.
 struct Barrier {
   uint32_t expected = 0;  // warps; 0: all that live
   std::vector<Warp*> members, waiting;
+  uint32_t known[32] = {};  // what its members knew when they arrived: SharedMemory::clock of those who wait
   uint32_t count = 0;  // bar.red: threads whose predicate holds
   bool all = true;
 };

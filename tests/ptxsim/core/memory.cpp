@@ -171,14 +171,9 @@ void SharedMemory::start_block() {
 
 void SharedMemory::next_epoch(uint32_t warp) { own_epoch[warp] = clock[warp][warp] = ++epoch; }
 
-void SharedMemory::meet(const std::vector<Warp*>& members, const std::vector<Warp*>& learners) {
-  uint32_t known[32] = {};
-  ++epoch;
-  for (const Warp* m : members)
-    for (uint32_t v = 0; v < warps; ++v) known[v] = std::max(known[v], clock[m->index][v]);
-  for (const Warp* m : members) known[m->index] = epoch;
-  for (const Warp* w : learners) std::copy(known, known + warps, clock[w->index]);
-  for (const Warp* m : members) own_epoch[m->index] = epoch;
+void SharedMemory::arrive(uint32_t warp, uint32_t* known) {
+  for (uint32_t v = 0; v < warps; ++v) known[v] = std::max(known[v], clock[warp][v]);
+  known[warp] = own_epoch[warp] = ++epoch;
 }
 
 bool SharedMemory::reachable(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what) {

@@ -121,7 +121,7 @@ struct SharedMemory {
   void resize(uint32_t bytes, uint32_t warp_count);
   void start_block();
   void next_epoch(uint32_t warp);  // all lanes of a warp have met
-  void meet(const std::vector<Warp*>& members, const std::vector<Warp*>& learners);
+  void arrive(uint32_t warp, uint32_t* known);  // adds what the warp knows and has done to a barrier's clock
 
   // The address of `size` bytes, after all checks; nullptr if they are out of bounds and that check is off.
   const uint8_t* read(Warp& w, int lane, uint64_t address, uint32_t size, bool together = false);

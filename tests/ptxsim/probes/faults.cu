@@ -49,6 +49,17 @@ extern "C" __global__ void missing_syncthreads_before_reuse(float* out, const fl
   out[threadIdx.x] += s[63 - threadIdx.x];
 }
 
+extern "C" __global__ void writes_after_arriving(float* out, const float* x) {
+  __shared__ float s[32];
+  if (threadIdx.x < 32) {
+    asm volatile("bar.arrive 1, 64;" ::: "memory");
+    s[threadIdx.x] = x[threadIdx.x];
+  } else {
+    asm volatile("bar.sync 1, 64;" ::: "memory");
+    out[threadIdx.x] = s[threadIdx.x - 32];
+  }
+}
+
 extern "C" __global__ void two_writers(float* out, const float* x) {
   __shared__ float s[1];
   s[0] = x[threadIdx.x];

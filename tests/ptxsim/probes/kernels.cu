@@ -224,3 +224,11 @@ extern "C" __global__ void generic_pointers(float* out, const float* x, __half2*
   int both = __syncthreads_and(x[threadIdx.x] >= 0), either = __syncthreads_or(x[threadIdx.x] > 62);
   if (threadIdx.x == 0) votes[0] = both, votes[1] = either, votes[2] = __isShared(p), votes[3] = __isGlobal(out);
 }
+
+extern "C" __global__ void reversed_without_the_rest(float* out, const float* x, int n) {
+  __shared__ float s[64];
+  if (threadIdx.x >= n) return;
+  s[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = s[n - 1 - threadIdx.x];
+}
