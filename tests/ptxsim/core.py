@@ -36,6 +36,7 @@ class Allocation(ctypes.Structure):
         ("flags", pointer),
         ("writer", pointer),
         ("reader", pointer),
+        ("updater", pointer),
         ("granule", u32),
         ("writable", u32),
         ("traffic", Traffic * 3),

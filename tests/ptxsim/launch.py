@@ -6,7 +6,7 @@ import ctypes
 import random
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,12 @@ class _Range:
     granule: int
     writable: bool
     flags: np.ndarray
-    writer: np.ndarray
-    reader: np.ndarray
+    by_block: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int32))
 
     def allocation(self) -> core.Allocation:
-        pointers = (x.ctypes.data for x in (self.flags, self.writer, self.reader))
-        return core.Allocation(self.memory.ctypes.data, self.memory.size, *pointers, self.granule, self.writable)
+        self.by_block = np.zeros((3, -(-self.memory.size // self.granule)), np.int32)
+        shadows = (self.flags.ctypes.data, *(row.ctypes.data for row in self.by_block))
+        return core.Allocation(self.memory.ctypes.data, self.memory.size, *shadows, self.granule, self.writable)
 
     def param(self, traffic: Sequence[core.Traffic]) -> Param:
         unique = [int(np.count_nonzero(self.flags & flag)) for flag in (READ, WRITTEN, ATOMIC)]
@@ -70,13 +70,17 @@ class AddressSpace:
     def __init__(self) -> None:
         self.ranges: list[_Range] = []
         self.by_host: dict[int, _Range] = {}  # by the host's address of a storage
+        self.by_name: dict[str, _Range] = {}  # by the name of each tensor that views it
 
     def add(self, name: str, memory: np.ndarray, granule: int, *, writable: bool = True) -> _Range:
         base = (len(self.ranges) + 1) << RANGE_BITS
-        flags, granules = np.zeros_like(memory), -(-memory.size // granule)
-        writer, reader = np.zeros(granules, np.int32), np.zeros(granules, np.int32)
-        self.ranges.append(_Range(name, memory, base, granule, writable, flags, writer, reader))
+        self.ranges.append(_Range(name, memory, base, granule, writable, np.zeros_like(memory)))
+        self.call(name, self.ranges[-1])
         return self.ranges[-1]
+
+    def call(self, name: str, found: _Range) -> None:
+        if self.by_name.setdefault(name, found) is not found:
+            raise ValueError(f"two tensors are called {name}")
 
     def address(self, name: str, argument: Tensor | Out) -> int:
         """Where a tensor begins; its storage joins the space the first time."""
@@ -90,8 +94,8 @@ class AddressSpace:
             found = self.add(name, memory, size)
             if memory.size:
                 self.by_host[host] = found
-        if size < found.granule:
-            raise ValueError(f"{name} views the storage of {found.name} with smaller elements")
+        self.call(name, found)
+        found.granule = min(found.granule, size)
         offset = int(tensor.storage_offset()) * size
         if isinstance(argument, Out):
             shape, strides = (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1)
@@ -189,7 +193,8 @@ class Kernel:
         seconds = time.perf_counter() - start
         if outcome.kind >= 0:
             self._raise(outcome, grid3, block3)
-        used = {r.name: r.param(a.traffic) for r, a in zip(space.ranges, allocations, strict=True)}
+        traffic = {r.base: r.param(a.traffic) for r, a in zip(space.ranges, allocations, strict=True)}
+        used = {name: traffic[r.base] for name, r in space.by_name.items()}
         macs, barriers = launch.counters.macs, launch.counters.barriers
         return tally(lowered.statements, *counts, macs=macs, barriers=barriers, params=used, seconds=seconds)
 

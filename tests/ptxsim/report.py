@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,11 +67,15 @@ class Report:
 
     @property
     def global_load(self) -> Access:
-        return sum((p.read for p in self.params.values()), Access())
+        return sum((p.read for p in self._storages()), Access())
 
     @property
     def global_store(self) -> Access:
-        return sum((p.write for p in self.params.values()), Access())
+        return sum((p.write for p in self._storages()), Access())
+
+    def _storages(self) -> Iterable[Param]:
+        """Each entry of params once: tensors that share a storage share it."""
+        return {id(p): p for p in self.params.values()}.values()
 
 
 _INTEGER_OR_BITS = "bsu"

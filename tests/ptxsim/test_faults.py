@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import ptxsim
-from tests.ptxsim import ALL_CHECKS, Out
+from tests.ptxsim import ALL_CHECKS, Named, Out
 from tests.ptxsim.probes import FOLDER, NEEDS_NVCC, cuda_kernel
 
 pytestmark = NEEDS_NVCC
@@ -20,12 +20,12 @@ def line_of(code, after):
     return next(i for i in range(start, len(LINES)) if code in LINES[i]) + 1
 
 
-def launch(name, checks=ALL_CHECKS, *, grid=1, extra=(), shared=0, wrap=lambda x: x, seed=0):
+def launch(name, checks=ALL_CHECKS, *, grid=1, block=64, extra=(), shared=0, wrap=lambda x: x, seed=0, steps=100_000):
     x = torch.arange(1, 65 * grid, dtype=torch.float32)[: 64 * grid]
     out = torch.zeros(64)
     kernel = cuda_kernel(name, "faults.cu")
     return kernel.launch(
-        grid, 64, [wrap(out), x, *extra], shared=shared, checks=checks, seed=seed, max_instructions=100_000
+        grid, block, [wrap(out), x, *extra], shared=shared, checks=checks, seed=seed, max_instructions=steps
     )
 
 
@@ -40,6 +40,8 @@ FAULTS = [
     ("missing_syncthreads", {}, "races", ptxsim.SharedRace, r"shared memory \+ \d+, which thread \d+ (wrote|read), without a barrier between", None, None),
     ("missing_syncthreads_before_reuse", {}, "races", ptxsim.SharedRace, r"which thread \d+ (wrote|read), without a barrier", None, None),
     ("two_writers", {}, "races", ptxsim.SharedRace, r"writes shared memory \+ 0, which thread", "s[0] = x", None),
+    ("reads_a_counter", {"extra": [0]}, "races", ptxsim.SharedRace, r"shared memory \+ 0, which thread \d+ (read|updated), without a barrier", None, None),
+    ("weak_handshake", {"seed": 2}, "races", ptxsim.SharedRace, r"reads shared memory \+ 0, which thread 32 wrote", "volatile int*)&ready", 0),
     ("missing_syncwarp", {}, "races", ptxsim.SharedRace, r"without bar.warp.sync between", "s[threadIdx.x ^ 1]", None),
     ("missing_wait", {}, "waits", ptxsim.MissingWait, r"reads shared memory \+ \d+ while a cp.async to it is in flight", "= reinterpret_cast", None),
     ("wait_for_one_group_too_few", {}, "waits", ptxsim.MissingWait, r"in flight", "= reinterpret_cast", None),
@@ -51,6 +53,8 @@ FAULTS = [
     ("ldmatrix", {"extra": [32]}, "bounds", ptxsim.OutOfBounds, r"reads 16 bytes at shared memory \+ 144 \(of 144 bytes\)", "shared_address(s) +", None),
     ("two_blocks_one_address", {"grid": 2}, "blocks", ptxsim.BlockConflict, r"writes 0 \+ \d+ \(of 256 bytes\), which block \d wrote", "out[threadIdx.x] =", None),
     ("reads_another_block", {"grid": 2}, "blocks", ptxsim.BlockConflict, r"which block \d (wrote|read) in the same launch", None, None),
+    ("reads_what_others_add", {"grid": 2}, "blocks", ptxsim.BlockConflict, r"which block \d (read|updated) in the same launch", None, None),
+    ("stores_what_others_add", {"grid": 2}, "blocks", ptxsim.BlockConflict, r"which block \d (wrote|updated) in the same launch", None, None),
     ("reads_its_output", {"wrap": Out}, "poison", ptxsim.PoisonRead, r"reads 0 \+ \d+ \(of 256 bytes\), an output that nobody has written", "+=", None),
 ]  # fmt: skip
 
@@ -95,6 +99,21 @@ def test_arriving_orders_what_came_before_it_alone():
         with pytest.raises(ptxsim.Fault) as caught:
             launch("writes_after_arriving", seed=seed)
         assert caught.type in (ptxsim.SharedRace, ptxsim.UnwrittenShared)  # the reader came second, or first
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reading_a_counter_is_ordered_with_every_update(seed):
+    with pytest.raises(ptxsim.SharedRace):
+        launch("reads_a_counter", extra=[0], seed=seed)
+    launch("reads_a_counter", extra=[1], seed=seed)
+    with pytest.raises(ptxsim.SharedRace):
+        launch("reads_after_one_of_two", block=96, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_strong_accesses_do_not_conflict(seed):
+    launch("handshake", seed=seed, steps=10_000_000)
+    launch("all_add", grid=3, seed=seed)
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(99, 99), (163, 163), (227, 227)])
@@ -172,3 +191,14 @@ def test_wrong_launches_are_refused(options, message):
     good = {"grid": 1, "block": 64, "args": [torch.zeros(64), torch.zeros(65)]}
     with pytest.raises(ValueError, match=message):
         cuda_kernel("off_by_one", "faults.cu").launch(**{**good, **options})
+
+
+def test_views_of_one_storage_share_a_report_and_its_smallest_element():
+    doubles = torch.zeros(64, dtype=torch.float64)
+    kernel = cuda_kernel("two_blocks_one_address", "faults.cu")
+    out, x = doubles.view(torch.float32).split(64)
+    report = kernel.launch(1, 64, [Named("out", out), Named("x", x)], tensors={"all": doubles})
+    assert report.params["out"] is report.params["x"] is report.params["all"]
+    assert report.global_load.bytes == 256
+    with pytest.raises(ValueError, match="two tensors are called out"):
+        kernel.launch(1, 64, [Named("out", out), Named("out", torch.zeros(64))])

@@ -56,7 +56,7 @@ template <Space SPACE> void load(Warp& w, const Instr& i, Mask m) {
     const uint8_t* from = nullptr;
     switch (resolve(SPACE, address)) {
       case Space::SHARED:
-        from = w.machine->shared.read(w, lane, address, size);
+        from = w.machine->shared.read(w, lane, address, size, a[STRONG]);
         wavefronts.add(lane, uint32_t(address));
         break;
       case Space::LOCAL: from = local_bytes(w, lane, address, size, "reads "); break;
@@ -86,7 +86,7 @@ template <Space SPACE> void store(Warp& w, const Instr& i, Mask m) {
     uint8_t* to = nullptr;
     switch (resolve(SPACE, address)) {
       case Space::SHARED:
-        w.machine->shared.write(w, lane, address, size, value);
+        w.machine->shared.write(w, lane, address, size, value, a[STRONG]);
         wavefronts.add(lane, uint32_t(address));
         break;
       case Space::LOCAL: to = local_bytes(w, lane, address, size, "writes "); break;

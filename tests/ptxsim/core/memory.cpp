@@ -23,14 +23,22 @@ void check_alignment(Warp& w, int lane, uint64_t address, uint32_t size, const c
                          " past a multiple of " + std::to_string(size));
 }
 
-// The first granule of [first, last] that another block has used in a way that conflicts, or -1.
-int64_t conflict(const Allocation& a, uint64_t first, uint64_t last, int32_t me, Use use) {
-  for (uint64_t g = first; g <= last; ++g) {
-    bool written = a.writer[g] != 0 && a.writer[g] != me;
-    bool read = use == Use::WRITE && a.reader[g] != 0 && a.reader[g] != me;
-    if (written || read) return int64_t(g);
-  }
-  return -1;
+// Holds a use against those of other blocks, and records it. Two strong ones do not conflict.
+void check_blocks(Warp& w, int lane, Allocation& a, uint64_t address, uint64_t granule, Use use, bool strong) {
+  int32_t me = int32_t(w.block->index) + 1;
+  auto check = [&](int32_t block, const char* did) {
+    if (block == 0 || block == me) return;
+    w.machine->fault(w, lane, Fault::BLOCK_CONFLICT,
+                     verb(use) + w.machine->memory.describe(address) + ", which " +
+                         (block == Allocation::MANY ? "several blocks" : "block " + std::to_string(block - 1)) + did +
+                         " in the same launch");
+  };
+  check(a.writer[granule], " wrote");
+  if (!strong) check(a.updater[granule], " updated");
+  if (use != Use::READ) check(a.reader[granule], " read");
+  if (use == Use::READ && strong) return;
+  int32_t& mine = (use == Use::READ ? a.reader : strong ? a.updater : a.writer)[granule];
+  mine = mine == 0 || mine == me ? me : Allocation::MANY;
 }
 
 }  // namespace
@@ -65,23 +73,9 @@ uint8_t* Memory::access(Warp& w, int lane, uint64_t address, uint32_t size, Use 
   uint8_t mark = flag(use), keep = use == Use::READ ? 0xFF : uint8_t(~Allocation::POISON);
   for (uint32_t b = 0; b < size; ++b) flags[b] = (flags[b] | mark) & keep;
 
-  if (use != Use::ATOMIC && !strong && a.writable && machine.checks_for(Check::BLOCKS)) {
-    int32_t me = int32_t(w.block->index) + 1;
-    uint64_t first = offset / a.granule, last = (offset + size - 1) / a.granule;
-    int64_t bad = conflict(a, first, last, me, use);
-    if (bad >= 0) {
-      bool by_writer = a.writer[bad] != 0 && a.writer[bad] != me;
-      int32_t other = by_writer ? a.writer[bad] : a.reader[bad];
-      machine.fault(w, lane, Fault::BLOCK_CONFLICT,
-                    verb(use) + describe(address) + ", which " +
-                        (other == Allocation::MANY ? "several blocks" : "block " + std::to_string(other - 1)) +
-                        (by_writer ? " wrote" : " read") + " in the same launch");
-    }
-    for (uint64_t g = first; g <= last; ++g) {
-      if (use == Use::WRITE) a.writer[g] = me;
-      if (use == Use::READ) a.reader[g] = a.reader[g] == 0 || a.reader[g] == me ? me : Allocation::MANY;
-    }
-  }
+  if (a.writable && machine.checks_for(Check::BLOCKS))
+    for (uint64_t g = offset / a.granule; g <= (offset + size - 1) / a.granule; ++g)
+      check_blocks(w, lane, a, address, g, use, strong);
   return a.data + offset;
 }
 
@@ -158,9 +152,11 @@ void SharedMemory::start_block() {
   if (epoch > LAST_EPOCH / 2) {
     std::fill(writer.begin(), writer.end(), 0);
     std::fill(readers.begin(), readers.end(), 0);
+    std::fill(updaters.begin(), updaters.end(), 0);
     epoch = 0;
   }
-  block_start = ++epoch;
+  block_start = ++epoch;  // of no access: what is stamped with it came before all of them
+  ++epoch;
   for (uint32_t w = 0; w < warps; ++w) {
     own_epoch[w] = epoch;
     std::fill(clock[w], clock[w] + warps, epoch);
@@ -197,9 +193,17 @@ void SharedMemory::check_flight(Warp& w, int lane, uint64_t address, uint32_t by
                            " while a cp.async to it is in flight");
 }
 
-// Races with the last writer of each byte; writing the value that is there already is none.
-void SharedMemory::check_writers(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what,
-                                 const uint8_t* value, bool together) {
+void SharedMemory::check_written(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what) {
+  if (!w.machine->checks_for(Check::UNWRITTEN)) return;
+  for (uint32_t b = 0; b < bytes_; ++b)
+    if (writer[address + b] >> 10 < block_start && !(state[address + b] & IN_FLIGHT))
+      w.machine->fault(w, lane, Fault::UNWRITTEN_SHARED,
+                       std::string(what) + "shared memory + " + std::to_string(address + b) + ", which nobody wrote");
+}
+
+// Races with the last weak writer of each byte; writing the value that is there already is none.
+void SharedMemory::check_writer(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what,
+                                const uint8_t* value, bool together) {
   if (!w.machine->checks_for(Check::RACES)) return;
   const uint32_t *stamps = &writer[address], *known = clock[w.index];
   bool uniform = true;
@@ -215,10 +219,12 @@ void SharedMemory::check_writers(Warp& w, int lane, uint64_t address, uint32_t b
   }
 }
 
-void SharedMemory::check_readers(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what) {
+// Races with what other threads did by a shadow of each warp's last access.
+void SharedMemory::check_each_warp(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what,
+                                   const char* did, const std::vector<uint32_t>& shadow) {
   if (!w.machine->checks_for(Check::RACES)) return;
   for (uint32_t v = 0; v < warps; ++v) {
-    const uint32_t* stamps = &readers[size_t(v) * size + address];
+    const uint32_t* stamps = &shadow[size_t(v) * size + address];
     bool own = v == uint32_t(w.index);
     uint32_t latest = 0;
     for (uint32_t b = 0; b < bytes_; ++b) {
@@ -229,9 +235,14 @@ void SharedMemory::check_readers(Warp& w, int lane, uint64_t address, uint32_t b
     int by = int(latest & 63);
     std::string who = by < LANES ? "thread " + std::to_string(v * LANES + uint32_t(by)) : "warp " + std::to_string(v);
     w.machine->fault(w, lane, Fault::SHARED_RACE,
-                     std::string(what) + "shared memory + " + std::to_string(address) + ", which " + who +
-                         " read, without " + (own ? "bar.warp.sync" : "a barrier") + " between");
+                     std::string(what) + "shared memory + " + std::to_string(address) + ", which " + who + did +
+                         ", without " + (own ? "bar.warp.sync" : "a barrier") + " between");
   }
+}
+
+void SharedMemory::check_updaters(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what) {
+  for (uint32_t b = 0; b < bytes_; ++b)
+    if (state[address + b] & UPDATED) check_each_warp(w, lane, address + b, 1, what, " updated", updaters);
 }
 
 void SharedMemory::stamp_write(Warp& w, int lane, uint64_t address, uint32_t bytes_) {
@@ -239,56 +250,68 @@ void SharedMemory::stamp_write(Warp& w, int lane, uint64_t address, uint32_t byt
   std::fill_n(&writer[address], bytes_, stamp);
 }
 
-void SharedMemory::stamp_read(Warp& w, int lane, uint64_t address, uint32_t bytes_, bool together) {
-  uint32_t now = own_epoch[w.index] << 6, stamp = now | uint32_t(together ? TOGETHER : lane);
-  uint32_t* stamps = &readers[size_t(w.index) * size + address];
+void SharedMemory::stamp(std::vector<uint32_t>& shadow, Warp& w, int lane, uint64_t address, uint32_t bytes_) {
+  uint32_t now = own_epoch[w.index] << 6, stamp = now | uint32_t(lane);
+  uint32_t* stamps = &shadow[size_t(w.index) * size + address];
   for (uint32_t b = 0; b < bytes_; ++b) {
     bool shared = stamps[b] >= now && stamps[b] != stamp && stamps[b] != (now | TOGETHER);
     stamps[b] = shared ? now | MANY : stamp;
   }
 }
 
-const uint8_t* SharedMemory::read(Warp& w, int lane, uint64_t address, uint32_t bytes_, bool together) {
+const uint8_t* SharedMemory::read(Warp& w, int lane, uint64_t address, uint32_t bytes_, bool strong, bool together) {
   if (!reachable(w, lane, address, bytes_, "reads ")) return nullptr;
   check_flight(w, lane, address, bytes_, "reads ");
-  if (w.machine->checks_for(Check::UNWRITTEN))
-    for (uint32_t b = 0; b < bytes_; ++b)
-      if (writer[address + b] >> 10 < block_start && !(state[address + b] & IN_FLIGHT))
-        w.machine->fault(w, lane, Fault::UNWRITTEN_SHARED,
-                         "reads shared memory + " + std::to_string(address + b) + ", which nobody wrote");
-  check_writers(w, lane, address, bytes_, "reads ", nullptr, together);
-  stamp_read(w, lane, address, bytes_, together);
+  check_written(w, lane, address, bytes_, "reads ");
+  check_writer(w, lane, address, bytes_, "reads ", nullptr, together);
+  if (!strong) {
+    check_updaters(w, lane, address, bytes_, "reads ");
+    stamp(readers, w, together ? TOGETHER : lane, address, bytes_);
+  }
   return &data[address];
 }
 
-void SharedMemory::write(Warp& w, int lane, uint64_t address, uint32_t bytes_, const uint8_t* value) {
+void SharedMemory::write(Warp& w, int lane, uint64_t address, uint32_t bytes_, const uint8_t* value, bool strong) {
   if (!reachable(w, lane, address, bytes_, "writes ")) return;
-  check_flight(w, lane, address, bytes_, "writes ");
-  check_writers(w, lane, address, bytes_, "writes ", value);
-  check_readers(w, lane, address, bytes_, "writes ");
-  stamp_write(w, lane, address, bytes_);
-  for (uint32_t b = 0; b < bytes_; ++b) state[address + b] &= uint8_t(~ATOMIC);
+  if (strong) {
+    update(w, lane, address, bytes_, "writes ");
+  } else {
+    check_flight(w, lane, address, bytes_, "writes ");
+    check_writer(w, lane, address, bytes_, "writes ", value);
+    check_readers(w, lane, address, bytes_, "writes ");
+    check_updaters(w, lane, address, bytes_, "writes ");
+    stamp_write(w, lane, address, bytes_);
+    std::fill_n(&state[address], bytes_, 0);
+  }
   memcpy(&data[address], value, bytes_);
 }
 
 uint8_t* SharedMemory::atomic(Warp& w, int lane, uint64_t address, uint32_t bytes_) {
   if (!reachable(w, lane, address, bytes_, "updates ")) return nullptr;
-  check_flight(w, lane, address, bytes_, "updates ");
-  if (w.machine->checks_for(Check::UNWRITTEN) && writer[address] >> 10 < block_start)
-    w.machine->fault(w, lane, Fault::UNWRITTEN_SHARED,
-                     "updates shared memory + " + std::to_string(address) + ", which nobody wrote");
-  if (!(state[address] & ATOMIC)) check_writers(w, lane, address, bytes_, "updates ", nullptr);
-  check_readers(w, lane, address, bytes_, "updates ");
-  stamp_write(w, lane, address, bytes_);
-  for (uint32_t b = 0; b < bytes_; ++b) state[address + b] |= ATOMIC;
+  check_written(w, lane, address, bytes_, "updates ");
+  update(w, lane, address, bytes_, "updates ");
   return &data[address];
+}
+
+// What no earlier access wrote counts as written before all of them, since the update is in the updaters' shadow.
+void SharedMemory::update(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what) {
+  check_flight(w, lane, address, bytes_, what);
+  check_writer(w, lane, address, bytes_, what, nullptr);
+  check_readers(w, lane, address, bytes_, what);
+  if (updaters.empty()) updaters.assign(readers.size(), 0);
+  stamp(updaters, w, lane, address, bytes_);
+  for (uint32_t b = 0; b < bytes_; ++b) {
+    writer[address + b] = std::max(writer[address + b], block_start << 10);
+    state[address + b] |= UPDATED;
+  }
 }
 
 bool SharedMemory::begin_copy(Warp& w, int lane, uint64_t address, uint32_t bytes_) {
   if (!reachable(w, lane, address, bytes_, "copies to ")) return false;
   check_flight(w, lane, address, bytes_, "copies to ");
-  check_writers(w, lane, address, bytes_, "copies to ", nullptr);
+  check_writer(w, lane, address, bytes_, "copies to ", nullptr);
   check_readers(w, lane, address, bytes_, "copies to ");
+  check_updaters(w, lane, address, bytes_, "copies to ");
   for (uint32_t b = 0; b < bytes_; ++b) state[address + b] = IN_FLIGHT;
   std::fill_n(&data[address], bytes_, 0xFF);
   return true;

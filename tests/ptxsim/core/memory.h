@@ -40,14 +40,15 @@ struct Traffic {
 };
 
 // A tensor's storage or a module's constant. Shadows: flags for each byte; for each granule (a tensor's element) the
-// block, plus one, that wrote or read it last, MANY if several blocks read it.
+// block, plus one, that wrote or read it last, MANY if several did. updater: by an atomic or a strong store. Strong
+// loads leave no trace.
 struct Allocation {
   enum Flag : uint8_t { READ = 1, WRITTEN = 2, ATOMIC = 4, POISON = 8 };
   static constexpr int32_t MANY = -1;
   uint8_t* data;
   uint64_t size;
   uint8_t* flags;
-  int32_t *writer, *reader;
+  int32_t *writer, *reader, *updater;
   uint32_t granule, writable;
   Traffic traffic[3];
 };
@@ -104,17 +105,18 @@ class Wavefronts {
 
 // Shared memory of the running block, with happens-before by epochs. A warp's epoch grows at each barrier; clock[w][v]
 // is the first epoch of warp v that warp w is not known to follow. An access is a race if another thread's conflicting
-// access is of such an epoch. Epochs grow over the whole launch, so that shadows need no clearing between blocks.
+// access is of such an epoch. Atomics and strong stores conflict with weak accesses alone; strong loads leave no trace.
+// Epochs grow over the whole launch, so that shadows need no clearing between blocks.
 struct SharedMemory {
-  enum State : uint8_t { IN_FLIGHT = 1, ATOMIC = 2 };
+  enum State : uint8_t { IN_FLIGHT = 1, UPDATED = 2 };  // UPDATED: by atomics or strong stores, since the last weak one
   static constexpr uint32_t LAST_EPOCH = (1u << 22) - 1;
   static constexpr int MANY = 32,
                        TOGETHER = 33;  // readers in place of a lane: several lanes; the warp as one (ldmatrix)
 
   uint32_t size = 0, warps = 0, epoch = 0, block_start = 0;
   std::vector<uint8_t> data, state;
-  std::vector<uint32_t> writer;   // epoch << 10 | warp << 5 | lane
-  std::vector<uint32_t> readers;  // [warp][byte]: epoch << 6 | lane
+  std::vector<uint32_t> writer;             // epoch << 10 | warp << 5 | lane
+  std::vector<uint32_t> readers, updaters;  // [warp][byte]: epoch << 6 | lane; updaters: empty until one comes
   uint32_t clock[32][32];
   uint32_t own_epoch[32];
 
@@ -124,8 +126,8 @@ struct SharedMemory {
   void arrive(uint32_t warp, uint32_t* known);  // adds what the warp knows and has done to a barrier's clock
 
   // The address of `size` bytes, after all checks; nullptr if they are out of bounds and that check is off.
-  const uint8_t* read(Warp& w, int lane, uint64_t address, uint32_t size, bool together = false);
-  void write(Warp& w, int lane, uint64_t address, uint32_t size, const uint8_t* value);
+  const uint8_t* read(Warp& w, int lane, uint64_t address, uint32_t size, bool strong = false, bool together = false);
+  void write(Warp& w, int lane, uint64_t address, uint32_t size, const uint8_t* value, bool strong);
   uint8_t* atomic(Warp& w, int lane, uint64_t address, uint32_t size);
   bool begin_copy(Warp& w, int lane, uint64_t address, uint32_t size);
   void land(Warp& w, int lane, uint32_t address, uint32_t size, const uint8_t* value);
@@ -133,11 +135,18 @@ struct SharedMemory {
  private:
   bool reachable(Warp& w, int lane, uint64_t address, uint32_t size, const char* what);
   void check_flight(Warp& w, int lane, uint64_t address, uint32_t size, const char* what);
-  void check_writers(Warp& w, int lane, uint64_t address, uint32_t size, const char* what, const uint8_t* value,
-                     bool together = false);
-  void check_readers(Warp& w, int lane, uint64_t address, uint32_t size, const char* what);
+  void check_written(Warp& w, int lane, uint64_t address, uint32_t size, const char* what);
+  void check_writer(Warp& w, int lane, uint64_t address, uint32_t size, const char* what, const uint8_t* value,
+                    bool together = false);
+  void check_each_warp(Warp& w, int lane, uint64_t address, uint32_t size, const char* what, const char* did,
+                       const std::vector<uint32_t>& shadow);
+  void check_updaters(Warp& w, int lane, uint64_t address, uint32_t size, const char* what);
+  void check_readers(Warp& w, int lane, uint64_t address, uint32_t size, const char* what) {
+    check_each_warp(w, lane, address, size, what, " read", readers);
+  }
   void stamp_write(Warp& w, int lane, uint64_t address, uint32_t size);
-  void stamp_read(Warp& w, int lane, uint64_t address, uint32_t size, bool together);
+  void stamp(std::vector<uint32_t>& shadow, Warp& w, int lane, uint64_t address, uint32_t size);
+  void update(Warp& w, int lane, uint64_t address, uint32_t size, const char* what);
 };
 
 }  // namespace ptxsim

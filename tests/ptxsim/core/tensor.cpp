@@ -22,7 +22,7 @@ template <int N, bool TRANSPOSED> void load_matrix(Warp& w, const Instr& i, Mask
   Wavefronts wavefronts(w, 16);
   for (int row = 0; row < N * 8; ++row) {
     uint64_t address = w.address(i.a[0], i.a[1], i.a[2], row) & ((uint64_t{1} << WINDOW_BITS) - 1);
-    const uint8_t* from = w.machine->shared.read(w, row, address, 16, true);
+    const uint8_t* from = w.machine->shared.read(w, row, address, 16, false, true);
     if (from) memcpy(rows[row], from, 16);
     else std::fill_n(rows[row], 8, 0);
     wavefronts.add(row, uint32_t(address));

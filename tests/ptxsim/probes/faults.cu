@@ -67,6 +67,46 @@ extern "C" __global__ void two_writers(float* out, const float* x) {
   out[threadIdx.x] = s[0];
 }
 
+extern "C" __global__ void reads_a_counter(float* out, const float* x, int last) {
+  __shared__ int n;
+  if (threadIdx.x == 0) n = 0;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) atomicAdd(&n, 1);
+  if (last) asm volatile("bar.sync 1, 64;" ::: "memory");
+  if (threadIdx.x == 32) out[0] = n;
+}
+
+// Warps 0 and 1 count; warp 2 meets warp 1 alone, and reads.
+extern "C" __global__ void reads_after_one_of_two(float* out, const float* x) {
+  __shared__ int n;
+  if (threadIdx.x == 0) n = 0;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0 && threadIdx.x < 64) atomicAdd(&n, 1);
+  if (threadIdx.x >= 32) asm volatile("bar.sync 1, 64;" ::: "memory");
+  if (threadIdx.x == 64) out[0] = n;
+}
+
+extern "C" __global__ void handshake(float* out, const float* x) {
+  __shared__ volatile int ready, taken;
+  if (threadIdx.x == 0) ready = 0;
+  if (threadIdx.x == 32) taken = 0;
+  __syncthreads();
+  if (threadIdx.x == 32) ready = 1;
+  if (threadIdx.x == 0) {
+    while (ready == 0) {
+    }
+    taken = 1;
+  }
+}
+
+extern "C" __global__ void weak_handshake(float* out, const float* x) {
+  __shared__ int ready;
+  if (threadIdx.x == 0) ready = 0;
+  __syncthreads();
+  if (threadIdx.x == 32) ready = 1;
+  if (threadIdx.x == 0) out[0] = *(volatile int*)&ready;
+}
+
 extern "C" __global__ void missing_syncwarp(float* out, const float* x) {
   __shared__ float s[64];
   s[threadIdx.x] = x[threadIdx.x];
@@ -135,6 +175,21 @@ extern "C" __global__ void two_blocks_one_address(float* out, const float* x) {
 extern "C" __global__ void reads_another_block(float* out, float* x) {
   if (blockIdx.x == 0) x[threadIdx.x] = 1;
   else out[threadIdx.x] = x[threadIdx.x];
+}
+
+extern "C" __global__ void reads_what_others_add(float* out, const float* x) {
+  if (blockIdx.x == 0) atomicAdd(out, x[0]);
+  else out[1] = out[0];
+}
+
+extern "C" __global__ void stores_what_others_add(float* out, const float* x) {
+  if (blockIdx.x == 0) atomicAdd(out, x[0]);
+  else out[0] = x[1];
+}
+
+extern "C" __global__ void all_add(float* out, const float* x) {
+  atomicAdd(out, x[0]);
+  if (*(volatile float*)out < 0) *(volatile float*)out = 0;
 }
 
 extern "C" __global__ void reads_its_output(float* out, const float* x) { out[threadIdx.x] += x[threadIdx.x]; }
