@@ -146,14 +146,14 @@ def run_triton(
     args: tensors (or Out), numbers, None, in the order of the parameters; constexprs may also be given by position.
     launch: keywords of Kernel.launch.
     """
-    names = list(inspect.signature(fn.fn).parameters)
-    given = dict(zip(names, args, strict=False)) | {k: v for k, v in constexprs.items() if k in names}
-    options = {k: v for k, v in constexprs.items() if k not in names}
+    parameters = inspect.signature(fn.fn)
+    bound = parameters.bind(*args, **{k: v for k, v in constexprs.items() if k in parameters.parameters})
+    bound.apply_defaults()
+    options = {k: v for k, v in constexprs.items() if k not in parameters.parameters}
     constant = {p.name for p in fn.params if p.is_constexpr}
     fixed = {p.name for p in fn.params if p.do_not_specialize}
     signature, values, divisible = {}, {}, []
-    for name in names:
-        value = given[name]
+    for name, value in bound.arguments.items():
         kind, multiple = _specialise(value)
         if name in constant or value is None or (type(value) is int and value == 1 and name not in fixed):
             values[name] = value
@@ -166,7 +166,7 @@ def run_triton(
         _compiled[key] = compile_triton(
             fn, signature, values, divisible=divisible, arch=arch, num_warps=num_warps, num_stages=num_stages, **options
         )
-    return _compiled[key].launch(grid, [given[name] for name in signature], **(launch or {}))
+    return _compiled[key].launch(grid, [bound.arguments[name] for name in signature], **(launch or {}))
 
 
 def _specialise(value: Any) -> tuple[str, bool]:

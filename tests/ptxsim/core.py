@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sysconfig
 import tempfile
@@ -54,7 +55,7 @@ class Counters(ctypes.Structure):
 
 
 class Launch(ctypes.Structure):
-    """Launch in core/machine.cpp."""
+    """Launch in core/machine.h."""
 
     _fields_ = [
         ("code", pointer),
@@ -69,16 +70,19 @@ class Launch(ctypes.Structure):
         ("block", u32 * 3),
         ("shared_bytes", u32),
         ("local_bytes", u32),
+        ("param_bytes", u32),
         ("params", pointer),
         ("allocations", ctypes.POINTER(Allocation)),
         ("names", ctypes.POINTER(ctypes.c_char_p)),
-        ("allocation_count", u32),
-        ("param_bytes", u32),
+        ("allocation_count", u64),
         ("block_order", pointer),
         ("seed", u64),
         ("max_steps", u64),
         ("counters", Counters),
     ]
+
+
+FAILED = -2  # Outcome.kind where the core itself gave up
 
 
 class Outcome(ctypes.Structure):
@@ -111,8 +115,8 @@ def lookup(name: str, mods: int) -> int:
 @functools.cache
 def _build() -> Path | RuntimeError:
     """Where the library is, or why it could not be built."""
-    compiler = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0]
-    digest = hashlib.sha256(" ".join([compiler, *FLAGS, platform.platform(), _cpu()]).encode())
+    compiler = shlex.split(os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0])
+    digest = hashlib.sha256(" ".join([*compiler, *FLAGS, platform.platform(), _cpu()]).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     target = CACHE / f"core-{digest.hexdigest()[:16]}.so"
@@ -122,11 +126,14 @@ def _build() -> Path | RuntimeError:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         objects = {source: Path(folder) / f"{source.stem}.o" for source in SOURCES.glob("*.cpp")}
         run = functools.partial(subprocess.run, stderr=subprocess.PIPE, text=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(lambda pair: run([compiler, *FLAGS, "-c", pair[0], "-o", pair[1]]), objects.items())
-            steps = list(compiled)
         partial = Path(folder) / target.name
-        steps.append(run([compiler, "-shared", *objects.values(), "-o", partial]))
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                compile_one = lambda pair: run([*compiler, *FLAGS, "-c", pair[0], "-o", pair[1]])  # noqa: E731
+                steps = list(pool.map(compile_one, objects.items()))
+            steps.append(run([*compiler, "-shared", *objects.values(), "-o", partial]))
+        except OSError as error:
+            return RuntimeError(f"the simulator's core was not built: {error}")
         if any(step.returncode for step in steps):
             return RuntimeError("the simulator's core was not built:\n" + "".join(step.stderr for step in steps))
         partial.replace(target)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 class Unsupported(NotImplementedError):
     """An opcode or feature of PTX that the simulator does not know; the message quotes it with its line."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Fault(Exception):
     """An error of the kernel, found while it ran.
 
@@ -28,6 +28,9 @@ class Fault(Exception):
     def __str__(self) -> str:
         who = f"thread {self.thread} of block {self.block}" if self.thread else f"block {self.block}"
         return f"{self.kernel}, {who}: {self.what} [{self.opcode}, PTX line {self.ptx_line}, {self.source}]"
+
+    def __reduce__(self) -> tuple[type[Fault], tuple]:
+        return type(self), astuple(self)
 
 
 class OutOfBounds(Fault):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import random
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -16,11 +17,13 @@ from torch import Tensor
 from tests.ptxsim import core
 from tests.ptxsim.faults import KINDS, SharedLimit
 from tests.ptxsim.lower import BLOCK_REGISTERS, LANE_REGISTERS, LAUNCH_REGISTERS, RANGE_BITS, LoweredKernel
+from tests.ptxsim.parser import Variable
 from tests.ptxsim.report import Access, Param, Report, tally
 
 # Check in core/memory.h, in its order; "limit" is checked here.
 CHECKS = ("bounds", "alignment", "races", "unwritten", "waits", "poison", "barriers", "blocks")
 ALL_CHECKS = frozenset({*CHECKS, "limit"})
+MAX_GRID, MAX_BLOCK, MAX_SHARED = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 2**20
 POISON, READ, WRITTEN, ATOMIC = 8, 1, 2, 4  # Allocation::Flag in core/memory.h
 
 
@@ -136,12 +139,13 @@ class Kernel:
         if unknown := set(checks) - ALL_CHECKS:
             raise ValueError(f"no such checks: {sorted(unknown)}; there are {sorted(ALL_CHECKS)}")
         lowered = self.lowered
-        grid3, block3 = _three(grid), _three(block)
+        grid3, block3 = _three("grid", grid, MAX_GRID), _three("block", block, MAX_BLOCK)
         threads, blocks = int(np.prod(block3)), int(np.prod(grid3))
-        if not 0 < threads <= 1024 or (lowered.reqntid and threads != np.prod(lowered.reqntid)):
-            raise ValueError(
-                f"{self.name} cannot run {threads} threads a block; it requires {lowered.reqntid or '1 to 1024'}"
-            )
+        least, most = lowered.threads
+        if not least <= threads <= most:
+            raise ValueError(f"{self.name} cannot run {threads} threads a block; it requires {least} to {most}")
+        if not 0 <= shared <= MAX_SHARED:
+            raise ValueError(f"{shared} bytes of dynamic shared memory")
         shared_bytes = (-(-lowered.static_shared // 16) * 16 if shared else lowered.static_shared) + shared
         if shared_bytes > shared_limit and "limit" in checks:
             raise SharedLimit(
@@ -191,6 +195,8 @@ class Kernel:
         start = time.perf_counter()
         core.load().ptxsim_run(ctypes.byref(launch), ctypes.byref(outcome))
         seconds = time.perf_counter() - start
+        if outcome.kind == core.FAILED:
+            raise RuntimeError(f"the simulator failed: {outcome.message.decode()}")
         if outcome.kind >= 0:
             self._raise(outcome, grid3, block3)
         traffic = {r.base: r.param(a.traffic) for r, a in zip(space.ranges, allocations, strict=True)}
@@ -205,10 +211,10 @@ class Kernel:
         packed = b""
         for param, name, value in zip(params, self.param_names, args, strict=True):
             packed = packed.ljust(-(-len(packed) // param.align) * param.align, b"\0")
-            field = _pack_one(name, value, param.size, space)
-            if len(field) != param.size:
-                raise ValueError(f"{name} of {self.name} has {param.size} bytes, {value!r} has {len(field)}")
-            packed += field
+            data = _pack_one(param, name, value, space)
+            if len(data) != param.size:
+                raise ValueError(f"{name} of {self.name} has {param.size} bytes, {value!r} has {len(data)}")
+            packed += data
         return packed.ljust(1, b"\0")
 
     def _raise(self, outcome: core.Outcome, grid: Sequence[int], block: Sequence[int]) -> None:
@@ -225,17 +231,24 @@ class Kernel:
         )
 
 
-def _pack_one(name: str, value: Any, size: int, space: AddressSpace) -> bytes:
+def _pack_one(param: Variable, name: str, value: Any, space: AddressSpace) -> bytes:
+    """The bytes of one argument, by the type that the PTX declares; types of bits (.b32) take any number."""
+    kind, size = param.type[0], param.size
     if isinstance(value, Named):
-        return _pack_one(value.name, value.tensor, size, space)
-    if isinstance(value, Tensor | Out):
+        return _pack_one(param, value.name, value.tensor, space)
+    if isinstance(value, Tensor | Out) and kind != "f":
         return space.address(name, value).to_bytes(8, "little")
-    if isinstance(value, bytes | ctypes.Structure | np.generic):
-        return bytes(value) if isinstance(value, bytes | ctypes.Structure) else value.tobytes()
-    if isinstance(value, float):
-        return np.array(value, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
-    number = int(value or 0)
-    return (number & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+    if isinstance(value, bytes | ctypes.Structure):
+        return bytes(value)
+    if isinstance(value, np.generic) and kind == "b":
+        return value.tobytes()
+    number = 0 if value is None and size == 8 else value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, int | float) and (kind == "f" or (kind == "b" and isinstance(number, float))):
+        return np.array(number, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
+    bits = 8 * size
+    if isinstance(number, int) and -(1 << (bits - 1)) <= number < 1 << bits:
+        return (number & ((1 << bits) - 1)).to_bytes(size, "little")
+    raise ValueError(f"{name} is a .{param.type} of {size} bytes, which cannot hold {value!r}")
 
 
 def _translate(params: bytes, space: AddressSpace) -> bytes:
@@ -245,10 +258,10 @@ def _translate(params: bytes, space: AddressSpace) -> bytes:
     return b"".join(space.translate(int(word)).to_bytes(8, "little") for word in words) + params[whole:]
 
 
-def _three(shape: int | Sequence[int]) -> tuple[int, int, int]:
-    axes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not 1 <= len(axes) <= 3 or min(axes) < 1:
-        raise ValueError(f"a grid or block of {shape}")
+def _three(what: str, shape: int | Sequence[int], limits: Sequence[int]) -> tuple[int, int, int]:
+    axes = [operator.index(axis) for axis in np.atleast_1d(np.asarray(shape))]
+    if not 1 <= len(axes) <= 3 or not all(1 <= n <= most for n, most in zip(axes, limits, strict=False)):
+        raise ValueError(f"a {what} of {shape}: at least 1, at most {limits}")
     x, y, z = (*axes, 1, 1)[:3]
     return x, y, z
 

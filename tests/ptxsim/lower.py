@@ -74,7 +74,7 @@ WIDTHS = {
 }
 # Tokens of loads and stores that say how, not what.
 CACHING = re.compile(
-    r"(L1|L2)::\w+|ca|cg|cs|cv|lu|wb|wt|nc|weak|global|shared(::cta)?|local|param|const|v[248]|cta|gpu|sys|cluster"
+    r"(L1|L2)::\w+|ca|cg|cs|cv|lu|wb|wt|nc|weak|global|shared(::cta)?|local|param|const|v[24]|cta|gpu|sys|cluster"
 )
 STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
 
@@ -96,7 +96,7 @@ class LoweredKernel:
     static_shared: int
     local_bytes: int
     globals: list[Variable]
-    reqntid: tuple[int, ...]
+    threads: tuple[int, int]  # the least and the most a block may have
 
 
 def lower(kernel: KernelText, module: ModuleText, lookup: Callable[[str, int], int]) -> LoweredKernel:
@@ -157,7 +157,7 @@ class _Lowering:
             self.static_shared,
             self.local_bytes,
             self.globals,
-            self.kernel.reqntid,
+            self.kernel.threads,
         )
 
     def successors(self) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ class Variable:
     size: int
     align: int
     data: bytes = b""
-    is_array: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class KernelText:
     variables: dict[str, Variable] = field(default_factory=dict)  # .shared and .local of its body
     statements: list[Statement] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # to an index into statements
-    reqntid: tuple[int, ...] = ()
+    threads: tuple[int, int] = (1, 1024)  # the least and the most a block may have
 
 
 @dataclass
@@ -144,7 +144,7 @@ def _parse_variable(declaration: str) -> Variable | None:
         items = re.findall(r"[^{},\s]+", match["value"])
         data = b"".join(_initial(item, match["type"], element) for item in items).ljust(size, b"\0")
     align = int(match["align"] or element)
-    return Variable(match["name"], match["space"], match["type"], size, align, data, bool(match["dims"]))
+    return Variable(match["name"], match["space"], match["type"], size, align, data)
 
 
 def _initial(item: str, kind: str, size: int) -> bytes:
@@ -170,8 +170,11 @@ def _parse_head(head: str) -> KernelText:
         if not variable:
             raise Unsupported(f"a parameter of unknown form: {declaration.strip()}")
         params.append(variable)
-    limit = re.search(r"\.reqntid\s+(\d+(?:\s*,\s*\d+)*)", head)
-    return KernelText(match[1], params, reqntid=tuple(map(int, limit[1].split(","))) if limit else ())
+    least, most = 1, 1024
+    for directive, shape in re.findall(r"\.(reqntid|maxntid)\s+(\d+(?:\s*,\s*\d+)*)", head):
+        most = min(most, math.prod(map(int, shape.split(","))))
+        least = most if directive == "reqntid" else least
+    return KernelText(match[1], params, threads=(least, most))
 
 
 @dataclass
@@ -222,6 +225,9 @@ class _Body:
                 self._directive(" ".join(item["statement"].split()), line)
             else:
                 self._instruction(" ".join(item["statement"].split()), line)
+        if rest := body[position:].lstrip():
+            line += body.count("\n", counted, len(body) - len(rest))
+            raise Unsupported(f"{' '.join(rest.split())[:80]}, PTX line {line}")
         for index, numbers in self.branches:
             operands = self.kernel.statements[index].operands
             names = [_Scope(number).unique(operands[-1]) for number in reversed(numbers)]

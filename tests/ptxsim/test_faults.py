@@ -1,12 +1,15 @@
 """Planted faults: each is found and named, and goes unreported when its detector is off."""
 
+import pickle
 import re
+import struct
 
+import numpy as np
 import pytest
 import torch
 
 from tests import ptxsim
-from tests.ptxsim import ALL_CHECKS, Named, Out
+from tests.ptxsim import ALL_CHECKS, Named, Out, core
 from tests.ptxsim.probes import FOLDER, NEEDS_NVCC, cuda_kernel
 
 pytestmark = NEEDS_NVCC
@@ -181,9 +184,15 @@ def test_unknown_instruction_is_refused_with_its_line(instruction):
     [
         ({"args": [torch.zeros(1)]}, "takes 2 arguments, 1 were given"),
         ({"args": [torch.zeros(1), b"123"]}, "1 of off_by_one has 8 bytes"),
+        ({"args": [torch.zeros(1), 1.5]}, "1 is a .u64 of 8 bytes, which cannot hold 1.5"),
+        ({"args": [torch.zeros(1), [0]]}, r"1 is a .u64 of 8 bytes, which cannot hold \[0\]"),
         ({"args": [torch.zeros(1, device="meta"), None]}, "0 is on meta"),
-        ({"block": 2000}, "cannot run 2000 threads a block"),
-        ({"grid": 0}, "a grid or block of 0"),
+        ({"block": (100, 20)}, "cannot run 2000 threads a block"),
+        ({"grid": 0}, "a grid of 0: at least 1, at most"),
+        ({"grid": (1, 70000)}, r"a grid of \(1, 70000\): at least 1, at most"),
+        ({"block": (1, 1, 128)}, r"a block of \(1, 1, 128\): at least 1, at most"),
+        ({"shared": -16}, "-16 bytes of dynamic shared memory"),
+        ({"shared": 2**40}, "bytes of dynamic shared memory"),
         ({"checks": {"everything"}}, r"no such checks: \['everything'\]"),
     ],
 )
@@ -202,3 +211,77 @@ def test_views_of_one_storage_share_a_report_and_its_smallest_element():
     assert report.global_load.bytes == 256
     with pytest.raises(ValueError, match="two tensors are called out"):
         kernel.launch(1, 64, [Named("out", out), Named("out", torch.zeros(64))])
+
+
+def test_a_fault_is_a_value():
+    with pytest.raises(ptxsim.OutOfBounds) as caught:
+        launch("off_by_one")
+    fault = caught.value
+    assert str(pickle.loads(pickle.dumps(fault))) == str(fault)
+    assert {fault: 1}[fault] == 1
+
+
+SCALARS = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry scalars(.param .u64 out, .param .f32 a, .param .s32 b, .param .u16 c, .param .f64 d)
+.maxntid 32
+{
+    .reg .f32 %f1; .reg .b32 %r1; .reg .b16 %h1; .reg .f64 %d1; .reg .b64 %rd1;
+    ld.param.u64 %rd1, [out]; ld.param.f32 %f1, [a]; ld.param.s32 %r1, [b]; ld.param.u16 %h1, [c]; ld.param.f64 %d1, [d];
+    st.global.f32 [%rd1], %f1; st.global.u32 [%rd1+4], %r1; st.global.u16 [%rd1+8], %h1; st.global.f64 [%rd1+16], %d1;
+}
+"""
+
+
+def launch_scalars(*scalars, block=1):
+    out = torch.zeros(24, dtype=torch.uint8)
+    ptxsim.load(SCALARS).kernel("scalars").launch(np.int64(1), block, [out, *scalars])
+    return struct.unpack("<fiH6xd", out.numpy().tobytes())
+
+
+def test_scalars_are_stored_as_their_parameters_say():
+    assert launch_scalars(2, -3, 7, 5) == (2, -3, 7, 5)
+    assert launch_scalars(np.float64(0.5), np.int64(2**32 - 1), True, np.float32(2)) == (0.5, -1, 1, 2)
+    for position, value in ((1, "x"), (2, 3.0), (2, 2**40), (2, None), (3, 65536), (3, -40000), (4, torch.zeros(1))):
+        scalars = [2, 3, 4, 5]
+        scalars[position - 1] = value
+        with pytest.raises(ValueError, match=f"{position} is a .*, which cannot hold"):
+            launch_scalars(*scalars)
+    with pytest.raises(ValueError, match="cannot run 64 threads a block; it requires 1 to 32"):
+        launch_scalars(2, 3, 4, 5, block=64)
+
+
+def test_an_unfinished_body_is_refused():
+    unfinished = UNKNOWN.replace("OPCODE", "").replace("ret;", "ret")
+    with pytest.raises(ptxsim.Unsupported, match="^ret }, PTX line 10$"):
+        ptxsim.load(unfinished).kernel("unknown")
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "env no-such-compiler"])
+def test_a_compiler_that_is_missing_is_named(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(core, "CACHE", tmp_path)
+    failure = core._build.__wrapped__()
+    assert isinstance(failure, RuntimeError)
+    assert "no-such-compiler" in str(failure)
+
+
+def test_a_barrier_for_all_threads_may_be_met_with_their_number():
+    for seed in range(4):
+        launch("barrier_with_and_without_a_count", seed=seed)
+
+
+def test_registers_do_not_survive_a_block():
+    kernel = ptxsim.load(
+        UNKNOWN.replace(
+            "OPCODE",
+            ".reg .pred %p1; .reg .b64 %rd1; mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; @%p1 mov.u32 %r2, 7;"
+            " ld.param.u64 %rd1, [unknown_param_0]; mad.wide.u32 %rd1, %r1, 4, %rd1; st.global.u32 [%rd1], %r2;",
+        )
+    ).kernel("unknown")
+    for seed in range(4):
+        out = torch.zeros(4, dtype=torch.int32)
+        kernel.launch(4, 1, [out], seed=seed)
+        assert out.tolist() == [7, -1, -1, -1]

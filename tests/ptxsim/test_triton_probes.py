@@ -34,6 +34,17 @@ def test_vector_add(dtype, n):
     assert report.params["OUT"].unwritten == 0
 
 
+def test_arguments_are_bound_as_python_binds_them():
+    x, y = draw(100), torch.zeros(100)
+    ptxsim.run_triton(kernels.scale, 2, y, n=100, X=x)
+    assert torch.equal(y, 2 * x)
+    ptxsim.run_triton(kernels.scale, 1, y, x, 100, 3.0, 128)
+    assert torch.equal(y, 3 * x)
+    for args, keywords in (((y, x), {}), ((y, x, 100, 2.0, 128, 1), {}), ((y, x, 100, 2.0, 128), {"BLOCK": 64})):
+        with pytest.raises(TypeError, match=r"'n'|too many|'BLOCK'"):
+            ptxsim.run_triton(kernels.scale, 1, *args, **keywords)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [17, 781])
 def test_softmax(dtype, columns):

@@ -53,6 +53,8 @@ def test_votes_and_reductions_over_members():
     bits = execute(f"{odd} redux.sync.xor.b32 d, a, t1;", value, out=np.uint32)
     assert bits.tolist() == [int(np.bitwise_xor.reduce(groups[lane // 8])) for lane in range(32)]
     matched = execute("match.any.sync.b32 d, a, -1;", value % 5, out=np.uint32)
+    aliased = execute("mov.b32 d, a; match.any.sync.b32 d, d, -1;", value % 5, out=np.uint32)
+    assert matched.tolist() == aliased.tolist()
     assert matched.tolist() == [sum(1 << k for k in range(32) if value[k] % 5 == value[lane] % 5) for lane in range(32)]
 
 

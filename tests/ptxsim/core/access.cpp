@@ -65,7 +65,7 @@ template <Space SPACE> void load(Warp& w, const Instr& i, Mask m) {
         from = w.machine->memory.access(w, lane, whole, size, Use::READ, a[STRONG]);
         if (from) request.add(whole, size);
     }
-    static const uint8_t ZEROS[16] = {};
+    static const uint8_t ZEROS[32] = {};
     if (!from) from = ZEROS;
     for (int e = 0; e < a[COUNT]; ++e) put(w, a[REGS + e], a[REG_BYTES], lane, from + e * a[BYTES], a[BYTES], a[SIGN]);
   }

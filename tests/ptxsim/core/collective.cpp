@@ -74,7 +74,8 @@ template <Vote MODE> void vote(Warp& w, const Instr& i, Mask m) {
 
 // a: result, source, members
 template <class T> void match_any(Warp& w, const Instr& i, Mask m) {
-  const T* x = w.reg<T>(i.a[1]);
+  T x[LANES];
+  std::copy_n(w.reg<T>(i.a[1]), LANES, x);
   for_members(w, m, i.a[2], [&](int lane, Mask members) {
     w.reg<Mask>(i.a[0])[lane] = which_lanes(members, [&](int l) { return x[l] == x[lane]; });
   });

@@ -60,7 +60,7 @@ void sync(Warp& w, const Instr& i, Mask lanes) { arrive(w, i, lanes, true); }
 
 void arrive_only(Warp& w, const Instr& i, Mask lanes) { arrive(w, i, lanes, false); }
 
-// a: result and kind, as Machine::complete_barriers reads them; id, count, predicate, flip
+// a: result and kind (see Machine::complete_barriers), id, count, predicate, flip
 void reduce(Warp& w, const Instr& i, Mask lanes) {
   Instr barrier = i;
   barrier.a[0] = i.a[2], barrier.a[1] = i.a[3];

@@ -74,30 +74,43 @@ uint64_t run_warp(Warp& w, uint64_t limit) {
   return steps;
 }
 
-// A warp's registers hold, from the start: constants (lower.py lists offset, bytes, value) and what each lane or warp
-// finds in special registers, in the order of lower.LANE_REGISTERS.
-void start_warp(Warp& w, const Machine& machine, const int64_t* constants, uint32_t count, const int32_t* special) {
-  for (uint32_t c = 0; c < count; ++c) {
-    int64_t offset = constants[3 * c], bytes = constants[3 * c + 1], value = constants[3 * c + 2];
+// A warp at the start of a block. Its registers hold ones, but constants (lower.py lists offset, bytes, value) and what
+// each lane or warp finds in special registers, in the order of lower.LANE_REGISTERS.
+void start_warp(Warp& w, const Machine& m) {
+  const uint32_t *shape = m.block_shape, *grid = m.grid, block = w.block->index;
+  uint32_t threads = shape[0] * shape[1] * shape[2], left = threads - uint32_t(w.index) * LANES;
+  w.live = w.active = left >= LANES ? ALL_LANES : (Mask{1} << left) - 1;
+  w.status = Status::RUNNING;
+  w.pc = 0;
+  w.reconverge = -1;
+  w.frames.clear();
+  w.copies.clear();
+  w.reduction = nullptr;
+  std::fill(w.groups, w.groups + LANES, 0);
+  memset(w.regs, 0xFF, m.register_bytes);
+  for (uint32_t c = 0; c < m.constant_count; ++c) {
+    int64_t offset = m.constants[3 * c], bytes = m.constants[3 * c + 1], value = m.constants[3 * c + 2];
     int copies = bytes ? LANES : 1;  // a predicate is one mask
     for (int lane = 0; lane < copies; ++lane) memcpy(w.regs + offset + lane * bytes, &value, size_t(bytes ? bytes : 4));
   }
-  const uint32_t* shape = machine.block_shape;
   for (int lane = 0; lane < LANES; ++lane) {
     uint32_t t = w.thread(lane), equal = 1u << lane, less = equal - 1;
     uint32_t x = t % shape[0], y = t / shape[0] % shape[1], z = t / shape[0] / shape[1], warp = uint32_t(w.index);
     uint32_t values[] = {x, y, z, uint32_t(lane), warp, equal, less, less | equal, ~(less | equal), ~less};
-    for (size_t v = 0; v < std::size(values); ++v) w.reg<uint32_t>(special[v])[lane] = values[v];
+    for (size_t v = 0; v < std::size(values); ++v) w.reg<uint32_t>(m.lane_registers[v])[lane] = values[v];
   }
+  uint32_t place[3] = {block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]};
+  for (int axis = 0; axis < 3; ++axis) std::fill_n(w.reg<uint32_t>(m.ctaid[axis]), LANES, place[axis]);
 }
 
 }  // namespace
 
 Barrier& Machine::arrive(Warp& w, uint32_t id, uint32_t expected, bool waits) {
   Barrier& b = w.block->barriers[id];
-  if (!b.members.empty() && b.expected != expected)
+  auto warps = [&](uint32_t count) { return count ? count : uint32_t(w.block->warps.size()); };
+  if (!b.members.empty() && warps(b.expected) != warps(expected))
     fault(w, -1, Fault::STUCK, "barrier " + std::to_string(id) + " is met with different thread counts");
-  b.expected = expected;
+  b.expected = std::max(b.expected, expected);
   b.members.push_back(&w);
   shared.arrive(uint32_t(w.index), b.known);
   if (waits) {
@@ -126,20 +139,20 @@ void Machine::complete_barriers(Block& block) {
   }
 }
 
-void Machine::run_block(Block& block, uint64_t& random, uint64_t& steps_left) {
+void Machine::run_block(Block& block) {
   constexpr uint64_t SLICE = 1 << 20;  // long, but a warp that spins lets the others run
   std::vector<Warp*> order;
   for (Warp& w : block.warps) order.push_back(&w);
   shared.start_block();
   std::fill(local.begin(), local.end(), 0xFF);
   for (bool ran = true; ran;) {
-    shuffle(order, random);
+    shuffle(order, seed);
     ran = false;
     for (Warp* w : order) {
       if (w->status != Status::RUNNING) continue;
       ran = true;
-      steps_left -= run_warp(*w, std::min(SLICE, steps_left));
-      if (!steps_left) fault(*w, -1, Fault::STUCK, "the launch ran as many instructions as max_instructions allows");
+      max_steps -= run_warp(*w, std::min(SLICE, max_steps));
+      if (!max_steps) fault(*w, -1, Fault::STUCK, "the launch ran as many instructions as max_instructions allows");
       complete_barriers(block);
       if (shared.epoch > SharedMemory::LAST_EPOCH - SLICE)
         fault(*w, -1, Fault::STUCK, "the block met at more barriers than the race detector counts");
@@ -155,26 +168,8 @@ using namespace ptxsim;
 
 extern "C" {
 
-// Everything about a launch, as launch.py lays it out.
-struct Launch {
-  const Instr* code;
-  uint32_t instructions, register_bytes;
-  const int64_t* constants;
-  uint32_t constant_count, checks;
-  int32_t lane_registers[10], ctaid[3];
-  uint32_t grid[3], block[3];
-  uint32_t shared_bytes, local_bytes;
-  const uint8_t* params;
-  Allocation* allocations;
-  const char** names;
-  uint32_t allocation_count, param_bytes;
-  const uint64_t* block_order;
-  uint64_t seed, max_steps;
-  Counters counters;
-};
-
 struct Outcome {
-  int32_t kind, pc;  // kind -1: no fault
+  int32_t kind, pc;  // kind -1: no fault; -2: an exception
   int64_t block, thread;
   char message[512];
 };
@@ -197,54 +192,30 @@ void ptxsim_sizes(uint32_t* sizes) {
 }
 
 void ptxsim_run(Launch* launch, Outcome* outcome) {
-  Machine machine{};
-  machine.code = launch->code;
-  for (uint32_t i = 0; i < launch->instructions; ++i)
-    machine.handlers.push_back(operations()[size_t(launch->code[i].op)].second.run);
-  machine.memory = {launch->allocations, launch->names, launch->allocation_count};
-  machine.counters = launch->counters;
-  machine.checks = launch->checks;
-  std::copy(launch->grid, launch->grid + 3, machine.grid);
-  std::copy(launch->block, launch->block + 3, machine.block_shape);
-  machine.params = launch->params;
-  machine.param_bytes = launch->param_bytes;
-  machine.local_bytes = launch->local_bytes;
-  const uint32_t *grid = machine.grid, *shape = machine.block_shape;
-  uint32_t threads = shape[0] * shape[1] * shape[2], warps = (threads + LANES - 1) / LANES;
-  machine.shared.resize(launch->shared_bytes, warps);
-  machine.local.resize(size_t(warps) * LANES * machine.local_bytes);
-
-  Block block;
-  block.warps.resize(warps);
-  std::vector<uint8_t> registers(size_t(warps) * launch->register_bytes, 0xFF);
-  for (uint32_t i = 0; i < warps; ++i) {
-    Warp& w = block.warps[i];
-    w.machine = &machine;
-    w.block = &block;
-    w.index = int32_t(i);
-    w.regs = registers.data() + size_t(i) * launch->register_bytes;
-    start_warp(w, machine, launch->constants, launch->constant_count, launch->lane_registers);
-  }
-  uint64_t random = launch->seed, steps_left = launch->max_steps;
+  Machine machine{*launch};
   outcome->kind = -1;
   try {
+    for (uint32_t i = 0; i < launch->instructions; ++i)
+      machine.handlers.push_back(operations()[size_t(launch->code[i].op)].second.run);
+    const uint32_t *grid = launch->grid, *shape = launch->block_shape;
+    uint32_t warps = (shape[0] * shape[1] * shape[2] + LANES - 1) / LANES;
+    machine.shared.resize(launch->shared_bytes, warps);
+    machine.local.resize(size_t(warps) * LANES * launch->local_bytes);
+    std::vector<uint8_t> registers(size_t(warps) * launch->register_bytes);
+    Block block;
+    block.warps.resize(warps);
+    for (uint32_t i = 0; i < warps; ++i) {
+      Warp& w = block.warps[i];
+      w.machine = &machine;
+      w.block = &block;
+      w.index = int32_t(i);
+      w.regs = registers.data() + size_t(i) * launch->register_bytes;
+    }
     for (uint64_t b = 0; b < uint64_t(grid[0]) * grid[1] * grid[2]; ++b) {
       block.index = uint32_t(launch->block_order[b]);
       for (Barrier& barrier : block.barriers) barrier = Barrier{};
-      uint32_t place[3] = {block.index % grid[0], block.index / grid[0] % grid[1], block.index / grid[0] / grid[1]};
-      for (Warp& w : block.warps) {
-        uint32_t left = threads - uint32_t(w.index) * LANES;
-        w.live = w.active = left >= LANES ? ALL_LANES : (Mask{1} << left) - 1;
-        w.status = Status::RUNNING;
-        w.pc = 0;
-        w.reconverge = -1;
-        w.frames.clear();
-        w.copies.clear();
-        w.reduction = nullptr;
-        std::fill(w.groups, w.groups + LANES, 0);
-        for (int axis = 0; axis < 3; ++axis) std::fill_n(w.reg<uint32_t>(launch->ctaid[axis]), LANES, place[axis]);
-      }
-      machine.run_block(block, random, steps_left);
+      for (Warp& w : block.warps) start_warp(w, machine);
+      machine.run_block(block);
     }
   } catch (const Fault& f) {
     outcome->kind = f.kind;
@@ -252,6 +223,9 @@ void ptxsim_run(Launch* launch, Outcome* outcome) {
     outcome->block = f.block;
     outcome->thread = f.thread;
     strncpy(outcome->message, f.message.c_str(), sizeof outcome->message - 1);
+  } catch (const std::exception& error) {
+    outcome->kind = -2;
+    strncpy(outcome->message, error.what(), sizeof outcome->message - 1);
   }
   launch->counters = machine.counters;
 }

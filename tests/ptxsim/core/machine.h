@@ -127,22 +127,31 @@ struct Counters {
   uint64_t macs, barriers;
 };
 
-struct Machine {
+// Everything about a launch, as launch.py lays it out.
+struct Launch {
   const Instr* code;
-  std::vector<Handler> handlers;
-  Memory memory;
-  SharedMemory shared;
-  Counters counters;
-  uint32_t checks;
+  uint32_t instructions, register_bytes;
+  const int64_t* constants;
+  uint32_t constant_count, checks;
+  int32_t lane_registers[10], ctaid[3];
   uint32_t grid[3], block_shape[3];
+  uint32_t shared_bytes, local_bytes, param_bytes;
   const uint8_t* params;
-  uint32_t param_bytes;
-  uint32_t local_bytes;
+  Memory memory;
+  const uint64_t* block_order;
+  uint64_t seed, max_steps;
+  Counters counters;
+};
+
+// The state of a running launch: its seed and max_steps run on.
+struct Machine : Launch {
+  std::vector<Handler> handlers;
+  SharedMemory shared;
   std::vector<uint8_t> local;  // of the block that runs: [thread][byte]
 
   [[noreturn]] void fault(const Warp& w, int lane, Fault::Kind kind, const std::string& message);
   bool checks_for(Check check) const { return checks >> uint32_t(check) & 1; }
-  void run_block(Block& block, uint64_t& random, uint64_t& steps_left);
+  void run_block(Block& block);
   Barrier& arrive(Warp& w, uint32_t id, uint32_t expected, bool waits);
   void complete_barriers(Block& block);
 };

@@ -62,7 +62,7 @@ enum class Space : uint64_t { GLOBAL = 0, SHARED = 1, LOCAL = 2, PARAM = 3, GENE
 struct Memory {
   Allocation* allocations;
   const char** names;
-  uint32_t count;
+  uint64_t count;
 
   // The host's address of `size` bytes, after all checks; nullptr if they are out of bounds and that check is off.
   // alignment: what the address must be a multiple of, where it is not the size.

@@ -87,7 +87,7 @@ inline Round rounding(uint32_t mods) {
   return mods & RZ ? Round::ZERO : mods & RM ? Round::DOWN : mods & RP ? Round::UP : Round::NEAREST;
 }
 
-// A float of the smallest normal magnitude or less becomes a zero of its sign.
+// A float below the smallest normal magnitude becomes a zero of its sign.
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline Half flush(Half x) { return (x.bits & Half::INF) ? x : Half{uint16_t(x.bits & 0x8000)}; }
 inline Bf16 flush(Bf16 x) { return (x.bits & Bf16::INF) ? x : Bf16{uint16_t(x.bits & 0x8000)}; }

@@ -60,6 +60,14 @@ extern "C" __global__ void writes_after_arriving(float* out, const float* x) {
   }
 }
 
+extern "C" __global__ void barrier_with_and_without_a_count(float* out, const float* x) {
+  __shared__ float s[64];
+  s[threadIdx.x] = x[threadIdx.x];
+  if (threadIdx.x < 32) asm volatile("bar.sync 0;" ::: "memory");
+  else asm volatile("bar.sync 0, 64;" ::: "memory");
+  out[threadIdx.x] = s[63 - threadIdx.x];
+}
+
 extern "C" __global__ void two_writers(float* out, const float* x) {
   __shared__ float s[1];
   s[0] = x[threadIdx.x];
