@@ -1,0 +1,172 @@
+"""Between tensors and kernels: a launch is planned as an object, and then run, compiled ahead of time or simulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the choice of tiles rests on: the compute capability (80 for sm_80) and the opt-in shared memory in bytes."""
+
+    capability: int
+    shared_memory: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """That of a CUDA device; of an A100 for the CPU, where the interpreter runs."""
+        return _target(device.index) if device.type == "cuda" else cls(80, 163 * KIB)
+
+
+@lru_cache
+def _target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, not yet made.
+
+    kernel: the Triton function. grid: the number of programs. arguments: its tensors and numbers at run time, by name.
+    constants: its compile-time constants, by name. options: num_warps and num_stages.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Tensor | int | float | None]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        """Launch on the tensors' device, on its current stream."""
+        self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
+
+    def compile(self, target: Target) -> Any:
+        """The kernel compiled ahead of time for ``target``, exactly as ``run`` would compile it there."""
+        signature, constants, attributes = {}, dict(self.constants), {}
+        for index, parameter in enumerate(self.kernel.params):
+            if parameter.name in constants:
+                signature[parameter.name] = "constexpr"
+                continue
+            argument = self.arguments[parameter.name]
+            if argument is None:
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = None
+            elif isinstance(argument, Tensor):
+                signature[parameter.name] = _POINTERS[argument.dtype]
+                if argument.data_ptr() % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = parameter.annotation_type
+        source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
+        gpu = triton.backends.compiler.GPUTarget("cuda", target.capability, 32)
+        return triton.compile(source, target=gpu, options=self.options)
+
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+
+
+def readable(x: Tensor) -> Tensor:
+    """The tensor itself where neighbouring columns are adjacent in memory, else one copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: Tensor, names: str) -> dict[str, int]:
+    """The strides of a 4-D operand by name, 0 along axes of size 1: ``strides(key, "k_b k_h k_s")``."""
+    return dict(zip(names.split(), _steps(x), strict=False))
+
+
+def _steps(x: Tensor) -> list[int]:
+    return [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+
+
+def layout(x: Tensor | None) -> tuple[int, int]:
+    """What is compiled in of an operand's strides: ``row_stride`` of blocks.py takes it.
+
+    The largest power of two up to 16 that divides the distance of any two rows, in elements; and the distance of
+    neighbouring rows where they are packed or their pitch is the next multiple of 16 elements, else 0.
+    """
+    if x is None:
+        return 16, 0
+    *_, step, _ = steps = _steps(x)
+    width = x.shape[3]
+    return gcd(16, *steps[:3]), step if width > 1 and step in (width, width + -width % 16) else 0
+
+
+def is_padded(x: Tensor) -> bool:
+    """Whether the memory behind every row, up to the next multiple of 16 elements, can be read.
+
+    So it is where the rows lie apart by at least that much, in storage that ends behind the last row's padding.
+    """
+    padding = -x.shape[3] % 16
+    if any(step < x.shape[3] + padding for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1):
+        return False
+    end = x.storage_offset() + 1 + _span(x) + padding
+    return end <= x.untyped_storage().nbytes() // x.element_size()
+
+
+def _span(x: Tensor) -> int:
+    """How far, in elements, the last element lies behind the first."""
+    return sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+
+
+class Rows:
+    """How a problem's (b, h, l) are split into groups, one for each set of keys, and the rows that ask them.
+
+    Batch axes that keys and values share belong to the rows. Where the memory of every operand with rows allows it,
+    they become one axis with l; elsewhere (``divided``) a kernel divides the row number.
+    """
+
+    def __init__(
+        self, scores: tuple[int, int, int, int], *, keys: tuple[Tensor, ...], rows: tuple[Tensor | None, ...]
+    ) -> None:
+        images, heads, length, _ = scores
+        shared_b, shared_h = (all(x.shape[axis] == 1 or x.stride(axis) == 0 for x in keys) for axis in (0, 1))
+        steps = [_steps(x) for x in rows if x is not None and not self._is_one_row(x)]
+        self.merged_h = heads > 1 and shared_h and all(h == length * l for _, h, l, _ in steps)
+        if self.merged_h:
+            heads, length = 1, heads * length
+        self.merged_b = images > 1 and heads == 1 and shared_b and all(b == length * l for b, _, l, _ in steps)
+        if self.merged_b:
+            images, length = 1, images * length
+        self.divided = (images > 1 and shared_b) or (heads > 1 and shared_h)
+        self.groups = (1 if shared_b else images) * (1 if shared_h else heads)
+        self.length = (images if shared_b else 1) * (heads if shared_h else 1) * length
+        self.arguments = {
+            "ROWS": self.length,
+            "H": heads,
+            "L": length,
+            "OUTER_H": heads if shared_h else 1,
+            "GROUP_H": 1 if shared_h else heads,
+        }
+
+    @staticmethod
+    def _is_one_row(x: Tensor) -> bool:
+        return x.shape[:3] == (1, 1, 1)
+
+    def strides(self, x: Tensor | None, names: str) -> dict[str, int]:
+        """As ``strides``, 0 along axes that have become part of l; all 0 for an operand that is not there."""
+        if x is None:
+            return dict.fromkeys(names.split(), 0)
+        b, h, *rest = _steps(x)
+        return dict(zip(names.split(), (0 if self.merged_b else b, 0 if self.merged_h else h, *rest), strict=False))
+
+    def share(self, bias: Tensor) -> bool:
+        """Whether all rows of a group have the same bias."""
+        return self._is_one_row(bias) or (not self.merged_b and not self.merged_h and not self.divided and bias.shape[2] == 1)

@@ -1,0 +1,51 @@
+"""The static table of tile sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bda_fused.kernels.launch import KIB, Target
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: of a tile. groups: the widths of the blocks of a score row, in column groups that are computed one after
+    the other. inner: columns per step of a sum over D. chunk: columns of a result at a time.
+    """
+
+    rows: int
+    groups: Groups
+    inner: int
+    chunk: int
+    warps: int
+    stages: int
+
+    @property
+    def columns(self) -> int:
+        """How many columns the blocks hold."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def blocks(columns: int) -> tuple[int, ...]:
+    """The widths, powers of two of at least 16 and the widest first, that hold so many columns."""
+    rest = -(-columns // 16) * 16
+    return tuple(1 << bit for bit in reversed(range(4, 10)) if rest & (1 << bit))
+
+
+def split(columns: int, groups: int) -> Groups:
+    """The blocks of ``columns`` in so many groups of like width."""
+    units = -(-columns // 16)
+    sizes = [units // groups + (index < units % groups) for index in range(groups)]
+    return tuple(blocks(16 * size) for size in sizes)
+
+
+def forward(target: Target, dtype: torch.dtype, columns: int) -> Tile:
+    return Tile(64, split(columns, 1 if columns <= 128 else 2), 32, 32, 4, 2)
