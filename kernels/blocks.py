@@ -53,11 +53,17 @@ def row_stride(stride, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def batch_start(x, b, h, stride_b, stride_h, LAYOUT: tl.constexpr):
+    """The operand at int64 batch indices."""
+    ALIGN: tl.constexpr = LAYOUT[0]
+    return x + (b * (stride_b // ALIGN * ALIGN) + h * (stride_h // ALIGN * ALIGN))
+
+
+@triton.jit
 def group_start(x, group, GROUP_H, stride_b, stride_h, LAYOUT: tl.constexpr):
     """The operand at the batch indices of a group."""
-    ALIGN: tl.constexpr = LAYOUT[0]
     b, h = (group // GROUP_H).to(tl.int64), (group % GROUP_H).to(tl.int64)
-    return x + (b * (stride_b // ALIGN * ALIGN) + h * (stride_h // ALIGN * ALIGN))
+    return batch_start(x, b, h, stride_b, stride_h, LAYOUT)
 
 
 @triton.jit
@@ -177,10 +183,10 @@ def weighted_rows(
     W_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum_g factors[g] * P_g W_g over the column groups, for WIDTH columns of W: [BLOCK_L, WIDTH]."""
+    """sum_g factors[g] * P_g W_g over the column groups, or sum_g P_g W_g, for WIDTH columns of W: [BLOCK_L, WIDTH]."""
     total = tl.zeros((BLOCK_L, WIDTH), tl.float32)
     for g in tl.static_range(len(GROUPS)):
-        acc = tl.zeros((BLOCK_L, WIDTH), tl.float32)
+        acc = total if factors is None else tl.zeros((BLOCK_L, WIDTH), tl.float32)
         for j in tl.static_range(len(GROUPS[g])):
             rows = key_rows(w, stride_s, S, W_LAYOUT, first_column(GROUPS, g, j), GROUPS[g][j], is_last(GROUPS, g, j))
             if UNMASKED:
@@ -188,7 +194,7 @@ def weighted_rows(
             else:
                 w_tile = tl.load(rows + cols, mask=cols < D, other=0.0)
             acc = dot(p[g][j], w_tile, acc, PRECISION)
-        total = total + factors[g][:, None] * acc
+        total = acc if factors is None else total + factors[g][:, None] * acc
     return total
 
 

@@ -218,7 +218,7 @@ def residual_attention_forward(
     total = tl.zeros((BLOCK_L,), tl.float32)
     for g in tl.static_range(len(GROUPS)):
         total += sums[g] * tl.exp2(tops[g] - reference)
-    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)  # 0 in a row whose keys are all masked
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row whose keys are all masked has weights 0
     factors = ()
     for g in tl.static_range(len(GROUPS)):
         factors = factors + (tl.exp2(tops[g] - reference) * inverse,)

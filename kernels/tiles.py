@@ -49,3 +49,39 @@ def split(columns: int, groups: int) -> Groups:
 
 def forward(target: Target, dtype: torch.dtype, columns: int) -> Tile:
     return Tile(64, split(columns, 1 if columns <= 128 else 2), 32, 32, 4, 2)
+
+
+def backward(target: Target, dtype: torch.dtype, columns: int) -> Tile:
+    return Tile(64, split(columns, 1 if columns <= 128 else 2), 32, 32, 4, 2)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """ms, ns: the widths of the blocks of a tile of the result. depth: of one step of the sum."""
+
+    ms: tuple[int, ...]
+    ns: tuple[int, ...]
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.ms)
+
+    @property
+    def columns(self) -> int:
+        return sum(self.ns)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def product(rows: int | None, width: int) -> ProductTile:
+    return ProductTile((64,), (64,), 32, 4, 2)
+
+
+def pitch(columns: int) -> int:
+    """The row pitch of scratch in which all blocks of a score row have room."""
+    return -(-columns // 16) * 16

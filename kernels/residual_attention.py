@@ -1,0 +1,158 @@
+"""Residual attention by Triton kernels: which results are allocated, which launches fill them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bda_fused import dropout
+from bda_fused.kernels import tiles
+from bda_fused.kernels.launch import Target, readable
+from bda_fused.kernels.residual_attention_backward import plan_rows
+from bda_fused.kernels.residual_attention_forward import plan_forward
+from bda_fused.kernels.sums import plan_products, plan_sum
+
+
+def forward(
+    scores: tuple[int, int, int, int],
+    result_dtype: torch.dtype,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    weights: Tensor | None,
+    row_sum: Tensor | None,
+) -> Tensor:
+    """Y; weights and row_sum are filled where they are given. 4-D operands as in ops.py, ``scores`` (B, H, L, S) > 0."""
+    query, key, value = readable(query), readable(key), readable(value)
+    y = query.new_empty((*scores[:3], value.shape[3]), dtype=result_dtype)
+    for launch in plan_forward(
+        scores,
+        query,
+        key,
+        value,
+        None if residual is None else readable(residual),
+        attn_bias,
+        seed,
+        y,
+        weights,
+        row_sum,
+        scale=scale,
+        dropout=survival(dropout_p),
+        precision=dot_precision(query.dtype),
+        target=Target.of(query.device),
+    ):
+        launch.run()
+    return y
+
+
+def backward(
+    scores: tuple[int, int, int, int],
+    grad_y: Tensor,
+    grad_weights: Tensor | None,
+    grad_row_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    weights: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    residual_is_query: bool,
+    key_is_value: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and attn_bias, empty where ``needs`` says no; see ops.py."""
+    need_query, need_key, need_value, need_bias = needs
+    need_value = need_value or (need_key and key_is_value)
+    grad_y, query, key, value = readable(grad_y), readable(query), readable(key), readable(value)
+    precision, target = dot_precision(query.dtype), Target.of(query.device)
+    threshold, keep_scale = survival(dropout_p)
+    columns = tiles.pitch(scores[3])
+    in_rows = need_query and query.shape[:2] == scores[:2]
+    need_scores = need_key or need_bias or (need_query and not in_rows)
+    need_dropped = need_value and seed is not None and keep_scale > 0
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format) if need_query else query.new_empty(0)
+    grad_scores = query.new_empty((*scores[:3], columns)) if need_scores else None
+    dropped = query.new_empty((*scores[:3], columns)) if need_dropped else None
+    launches = []
+    if in_rows or need_scores or need_dropped:
+        launches += plan_rows(
+            scores,
+            grad_y,
+            key,
+            value,
+            weights,
+            None if grad_weights is None else readable(grad_weights),
+            None if grad_row_sum is None else grad_row_sum.contiguous(),
+            seed,
+            grad_scores,
+            dropped,
+            grad_query if in_rows else None,
+            scale=scale,
+            dropout=(threshold, keep_scale),
+            residual_is_query=residual_is_query,
+            precision=precision,
+            target=target,
+        )
+    grad_key = torch.empty_like(key, memory_format=torch.contiguous_format) if need_key else key.new_empty(0)
+    grad_value, grad_bias = value.new_empty(0), query.new_empty(0)
+    map_after_dropout = weights.expand(*scores) if dropped is None else dropped
+    value_term = (map_after_dropout, grad_y, keep_scale)
+    options = {"precision": precision, "target": target}
+    if need_query and not in_rows:
+        assert grad_scores is not None
+        launches += plan_products(
+            [(grad_scores, key, scale)],
+            grad_query,
+            transposed=False,
+            columns=(columns,),
+            extra=grad_y if residual_is_query else None,
+            **options,
+        )
+    if need_key:
+        assert grad_scores is not None
+        terms, readable_columns = [(grad_scores, query, scale)], [columns]
+        if key_is_value and keep_scale > 0:
+            terms.append(value_term)
+            readable_columns.append(map_after_dropout.shape[3])
+        launches += plan_products(
+            terms, grad_key, transposed=True, columns=tuple(readable_columns), extra=None, **options
+        )
+    if need_value and not key_is_value:
+        grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+        if keep_scale > 0:
+            launches += plan_products(
+                [value_term],
+                grad_value,
+                transposed=True,
+                columns=(map_after_dropout.shape[3],),
+                extra=None,
+                **options,
+            )
+        else:
+            grad_value.zero_()
+    if need_bias:
+        assert grad_scores is not None and attn_bias is not None
+        grad_bias = torch.empty_like(attn_bias, memory_format=torch.contiguous_format)
+        launches += plan_sum(grad_scores, scores[3], grad_bias)
+    for launch in launches:
+        launch.run()
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def survival(dropout_p: float) -> tuple[int, float]:
+    """The first Philox word that survives dropout, and what survivors are multiplied by; 0 where none does."""
+    threshold = dropout.threshold(dropout_p)
+    return (threshold, 1 / (1 - dropout_p)) if threshold < 2**32 else (0, 0.0)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: "highest" is three TF32 products, anything less is one."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if exact else "tf32"
