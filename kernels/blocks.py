@@ -20,6 +20,12 @@ def first_column(groups, group, block):
 
 
 @triton.constexpr_function
+def sum_of(groups):
+    """How many columns all blocks hold."""
+    return sum(sum(widths) for widths in groups)
+
+
+@triton.constexpr_function
 def is_last(groups, group, block):
     """Whether a block is the last of its row."""
     return group == len(groups) - 1 and block == len(groups[group]) - 1

@@ -146,7 +146,8 @@ class Rows:
         if self.merged_b:
             images, length = 1, images * length
         self.divided = (images > 1 and shared_b) or (heads > 1 and shared_h)
-        self.groups = (1 if shared_b else images) * (1 if shared_h else heads)
+        self.batch = (1 if shared_b else images), (1 if shared_h else heads)
+        self.groups = self.batch[0] * self.batch[1]
         self.length = (images if shared_b else 1) * (heads if shared_h else 1) * length
         self.arguments = {
             "ROWS": self.length,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bda_fused import dropout
 from bda_fused.kernels import tiles
-from bda_fused.kernels.launch import Target, readable
+from bda_fused.kernels.launch import Launch, Target, readable
 from bda_fused.kernels.residual_attention_backward import plan_rows
 from bda_fused.kernels.residual_attention_forward import plan_forward
 from bda_fused.kernels.sums import plan_products, plan_sum
@@ -70,19 +70,22 @@ def backward(
     """The gradients of query, key, value and attn_bias, empty where ``needs`` says no; see ops.py."""
     need_query, need_key, need_value, need_bias = needs
     need_value = need_value or (need_key and key_is_value)
+    if grad_y.dtype == torch.float64:  # of a residual in float64
+        grad_y = grad_y.float()
     grad_y, query, key, value = readable(grad_y), readable(query), readable(key), readable(value)
     precision, target = dot_precision(query.dtype), Target.of(query.device)
     threshold, keep_scale = survival(dropout_p)
     columns = tiles.pitch(scores[3])
     in_rows = need_query and query.shape[:2] == scores[:2]
-    need_scores = need_key or need_bias or (need_query and not in_rows)
+    need_scores = need_key or (need_query and not in_rows)
     need_dropped = need_value and seed is not None and keep_scale > 0
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format) if need_query else query.new_empty(0)
     grad_scores = query.new_empty((*scores[:3], columns)) if need_scores else None
     dropped = query.new_empty((*scores[:3], columns)) if need_dropped else None
-    launches = []
-    if in_rows or need_scores or need_dropped:
-        launches += plan_rows(
+    launches: list[Launch] = []
+    bias_sums = None
+    if in_rows or need_scores or need_dropped or need_bias:
+        launches, bias_sums = plan_rows(
             scores,
             grad_y,
             key,
@@ -94,6 +97,7 @@ def backward(
             grad_scores,
             dropped,
             grad_query if in_rows else None,
+            attn_bias if need_bias else None,
             scale=scale,
             dropout=(threshold, keep_scale),
             residual_is_query=residual_is_query,
@@ -138,9 +142,9 @@ def backward(
         else:
             grad_value.zero_()
     if need_bias:
-        assert grad_scores is not None and attn_bias is not None
+        assert bias_sums is not None and attn_bias is not None
         grad_bias = torch.empty_like(attn_bias, memory_format=torch.contiguous_format)
-        launches += plan_sum(grad_scores, scores[3], grad_bias)
+        launches += plan_sum(bias_sums, scores[3], grad_bias)
     for launch in launches:
         launch.run()
     return grad_query, grad_key, grad_value, grad_bias

@@ -1,5 +1,6 @@
 """The backward of residual attention, row by row: the forward with the roles exchanged, on the map that it kept."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +14,7 @@ from bda_fused.kernels.blocks import (
     row_numbers,
     row_pointers,
     row_products,
+    sum_of,
     tail_width,
     tile_rows,
     weighted_rows,
@@ -74,6 +76,7 @@ def residual_attention_backward_rows(
     seed,
     ds,
     dropped,
+    dbias,
     dq,
     dy_b: "i64",
     dy_h: "i64",
@@ -118,16 +121,20 @@ def residual_attention_backward_rows(
     PADDED_K: tl.constexpr,
     DIVIDED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
     BLOCK_L: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_DK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS (B, H, L, pitch), the surviving weights in the same layout, and dQ, whichever is not None.
+    """dS (B, H, L, pitch), the surviving weights in the same layout, dbias, and dQ, whichever is not None.
 
-    dP = (dY V^T + drow_sum) * M + dmap, dS = P * (dP - rowsum(P * dP)), dQ = scale * dS K.
+    dP = (dY V^T + drow_sum) * M + dmap, dS = P * (dP - rowsum(P * dP)), dQ = scale * dS K. The rows of the map that was
+    kept sum to 1 up to its rounding: P is divided by their sum, so that the rows of dS sum to 0 as they must.
+    dbias: dS in float32, in the layout of dS where BIAS_BY_ROW, else its column sums over each tile, (programs, pitch).
     """
+    NEED_SCORES: tl.constexpr = ds is not None or dbias is not None or dq is not None
     TILES = tl.cdiv(ROWS, BLOCK_L)
     group = tl.program_id(0) // TILES
     first = tl.program_id(0) % TILES * BLOCK_L
@@ -157,12 +164,19 @@ def residual_attention_backward_rows(
     if ds is not None:
         ds = group_start(ds, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
         ds = row_pointers(ds, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
+    if dbias is not None:
+        if BIAS_BY_ROW:
+            dbias = group_start(dbias, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
+            dbias = row_pointers(dbias, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
+        else:
+            dbias += tl.program_id(0).to(tl.int64) * sum_of(GROUPS)
 
     # With several column groups dP waits for its row sum in the keys' dtype.
     dp = ()
     delta = tl.zeros((BLOCK_L,), tl.float32)
+    total = tl.zeros((BLOCK_L,), tl.float32)
     for g in tl.static_range(len(GROUPS)):
-        if ds is not None or dq is not None:
+        if NEED_SCORES:
             products = row_products(dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, PADDED_V, V_LAYOUT, PRECISION)
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
@@ -172,7 +186,7 @@ def residual_attention_backward_rows(
                 survives = keep(seed, row, threshold, first_column(GROUPS, g, j), GROUPS[g][j])
                 if dropped is not None:
                     tl.store(dropped + cols, tl.where(survives, p, 0.0).to(dropped.dtype.element_ty), mask=inside[:, None])
-            if ds is not None or dq is not None:
+            if NEED_SCORES:
                 x = products[j]
                 if drow_sum is not None:
                     x += drow_sum
@@ -180,18 +194,31 @@ def residual_attention_backward_rows(
                     x = tl.where(survives, x * keep_scale, 0.0)
                 if dweights is not None:
                     x += load_block(dweights, owner, cols, S, not is_last(GROUPS, g, j))
-                delta += tl.sum(p * x, 1)
-                blocks = blocks + (x if len(GROUPS) == 1 else x.to(v.dtype.element_ty),)
+                if len(GROUPS) > 1:
+                    x = x.to(v.dtype.element_ty)
+                delta += tl.sum(p * x.to(tl.float32), 1)
+                total += tl.sum(p, 1)
+                blocks = blocks + (x,)
         dp = dp + (blocks,)
 
-    if ds is not None or dq is not None:
+    if NEED_SCORES:
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        delta = (delta * inverse)[:, None]
+        inverse = inverse[:, None]
         gradient = ()
         for g in tl.static_range(len(GROUPS)):
             blocks = ()
             for j in tl.static_range(len(GROUPS[g])):
                 cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
                 p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j))
-                x = (p * (dp[g][j].to(tl.float32) - delta[:, None])).to(v.dtype.element_ty)
+                x = p * inverse * (dp[g][j].to(tl.float32) - delta)
+                if dbias is not None:
+                    if BIAS_BY_ROW:
+                        tl.store(dbias + cols, x, mask=inside[:, None])
+                    else:
+                        columns = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])
+                        tl.store(dbias + columns, tl.sum(x, 0))
+                x = x.to(v.dtype.element_ty)
                 if ds is not None:
                     tl.store(ds + cols, x, mask=inside[:, None])
                 blocks = blocks + (x,)
@@ -227,24 +254,34 @@ def plan_rows(
     grad_scores: Tensor | None,
     dropped: Tensor | None,
     grad_query: Tensor | None,
+    attn_bias: Tensor | None,
     *,
     scale: float,
     dropout: tuple[int, float],
     residual_is_query: bool,
     precision: str,
     target: Target,
-) -> list[Launch]:
+) -> tuple[list[Launch], Tensor | None]:
     """The launches that fill grad_scores and dropped, both (B, H, L, pitch), and grad_query; None for what nobody needs.
 
-    grad_row_sum: (B, H, L), contiguous. The pitch holds all columns of the tile's blocks; those beyond S become 0.
+    grad_row_sum: (B, H, L), contiguous. attn_bias: if its gradient is needed. The pitch holds all columns of the tile's
+    blocks; those beyond S become 0. Also returns dS, or its sums over tiles, in float32 (., ., ., pitch), whose sum to
+    the bias's shape is the bias's gradient.
     """
     tile = tiles.backward(target, key.dtype, scores[3])
-    scratch = grad_scores if grad_scores is not None else dropped
+    scratch = grad_y.new_empty((*scores[:3], tile.columns), device="meta")
     rows = Rows(scores, keys=(key, value), rows=(grad_y, weights, grad_weights, scratch, grad_query))
+    grid = rows.groups * triton.cdiv(rows.length, tile.rows)
+    grad_bias, by_row = None, False
+    if attn_bias is not None:
+        by_row = not rows.share(attn_bias)
+        shape = scores[:3] if by_row else (*rows.batch, grid // rows.groups)
+        grad_bias = grad_y.new_empty((*shape, tile.columns), dtype=torch.float32)
     threshold, keep_scale = dropout
     arguments = {
         "dy": grad_y, "v": value, "k": key, "weights": weights, "dweights": grad_weights, "drow_sum": grad_row_sum,
-        "seed": seed, "ds": grad_scores, "dropped": dropped, "dq": grad_query,
+        "seed": seed, "ds": grad_scores, "dropped": dropped, "dbias": grad_bias,
+        "dq": grad_query,
         **rows.strides(grad_y, "dy_b dy_h dy_l"), **strides(value, "v_b v_h v_s"), **strides(key, "k_b k_h k_s"),
         **rows.strides(weights, "w_b w_h w_l"), **rows.strides(grad_weights, "dw_b dw_h dw_l"),
         **rows.strides(scratch, "ds_b ds_h ds_l"), **rows.strides(grad_query, "dq_b dq_h dq_l"), **rows.arguments,
@@ -264,11 +301,11 @@ def plan_rows(
         "PADDED_K": is_padded(key),
         "DIVIDED": rows.divided,
         "QUERY_IS_RESIDUAL": residual_is_query,
+        "BIAS_BY_ROW": by_row,
         "BLOCK_L": tile.rows,
         "GROUPS": tile.groups,
         "BLOCK_DV": tile.inner,
         "BLOCK_DK": tile.chunk,
         "PRECISION": precision,
     }
-    grid = rows.groups * triton.cdiv(rows.length, tile.rows)
-    return [Launch(residual_attention_backward_rows, grid, arguments, constants, tile.options)]
+    return [Launch(residual_attention_backward_rows, grid, arguments, constants, tile.options)], grad_bias

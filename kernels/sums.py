@@ -4,13 +4,15 @@ The gradient of a shared operand is a sum over images. A product whose result ha
 summation, whose float32 results are added from the first to the last: no atomics, the same bits in any block order.
 """
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bda_fused.kernels import tiles
-from bda_fused.kernels.blocks import batch_start, dot, first_column, row_stride
+from bda_fused.kernels.blocks import batch_start, dot, first_column, row_stride, sum_of
 from bda_fused.kernels.launch import Launch, Target, layout, strides
 
 
@@ -72,12 +74,6 @@ def add_products(
     return acc
 
 
-@triton.constexpr_function
-def sum_of(widths):
-    """The width of one group of blocks."""
-    return sum(widths[0])
-
-
 PRODUCT_RUNTIME = [
     "a_b", "a_h", "a_row", "b_b", "b_h", "b_k", "a2_b", "a2_h", "a2_row", "b2_b", "b2_h", "b2_k", "c_b", "c_h", "c_m",
     "M", "K", "A_COLUMNS", "A2_COLUMNS", "OUTER", "OUTER_H", "GROUPS", "GROUP_H", "SPLITS", "TO_PARTIAL", "between", "alpha",
@@ -127,6 +123,8 @@ def residual_attention_summed_product(
     B2_LAYOUT: tl.constexpr,
     MS: tl.constexpr,
     NS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT2: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -151,7 +149,7 @@ def residual_attention_summed_product(
     for i in tl.static_range(len(MS[0])):
         for j in tl.static_range(len(NS[0])):
             acc = acc + (tl.zeros((MS[0][i], NS[0][j]), tl.float32),)
-    columns = A_COLUMNS // A_LAYOUT[0] * A_LAYOUT[0]
+    columns = A_COLUMNS // UNIT * UNIT
     acc = add_products(
         acc, a, b, a_b, a_h, a_row, b_b, b_h, b_k, first_b, first_h, first_m, first_n, begin, end,
         M, K, columns, OUTER_H, N, TRANSPOSED, A_LAYOUT, B_LAYOUT, MS, NS, BLOCK_K, PRECISION,
@@ -160,7 +158,7 @@ def residual_attention_summed_product(
         scaled = ()
         for i in tl.static_range(len(acc)):
             scaled = scaled + (acc[i] * between,)
-        columns = A2_COLUMNS // A2_LAYOUT[0] * A2_LAYOUT[0]
+        columns = A2_COLUMNS // UNIT2 * UNIT2
         acc = add_products(
             scaled, a2, b2, a2_b, a2_h, a2_row, b2_b, b2_h, b2_k, first_b, first_h, first_m, first_n, begin, end,
             M, K, columns, OUTER_H, N, TRANSPOSED, A2_LAYOUT, B2_LAYOUT, MS, NS, BLOCK_K, PRECISION,
@@ -300,6 +298,8 @@ def plan_products(
         "B2_LAYOUT": layout(b2),
         "MS": (tile.ms,),
         "NS": (tile.ns,),
+        "UNIT": gcd(16, columns[0]),
+        "UNIT2": gcd(16, columns[-1]),
         "BLOCK_K": tile.depth,
         "PRECISION": precision,
     }
