@@ -13,6 +13,9 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
 @triton.constexpr_function
 def first_column(groups, group, block):
     """Where a block of a tuple of tuples of widths begins."""
@@ -218,3 +221,52 @@ def keep(seed, row, threshold, FIRST, WIDTH: tl.constexpr):
     w0, w1, w2, w3 = tl.philox(seed, quad, low, high, tl.zeros_like(low))
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_L, WIDTH // 4, 2, 2], lane 2 i + j at [..., i, j]
     return words.reshape(row.shape[0], WIDTH) >= threshold
+
+
+@triton.jit
+def load_bias(
+    bias, inside, cols, stride, S, BY_ROW: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr
+):
+    """The bias of so many columns, -inf beyond S: [BLOCK_L, width] at pointers [BLOCK_L, 1], or one row of it."""
+    offsets = cols if UNIT else cols * stride
+    if BY_ROW:
+        mask = inside[:, None] & (cols < S)[None, :] if LAST else inside[:, None]
+        return tl.load(bias + offsets[None, :], mask=mask, other=-float("inf")).to(tl.float32)
+    added = tl.load(bias + offsets, mask=cols < S, other=-float("inf")) if LAST else tl.load(bias + offsets)
+    return added.to(tl.float32)[None, :]
+
+
+@triton.jit
+def scaled_scores(
+    products,
+    inside,
+    bias,
+    bias_s,
+    scale,
+    S,
+    GROUPS: tl.constexpr,
+    g: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    UNIT_BIAS: tl.constexpr,
+):
+    """scale * products + bias in units of log 2, -inf beyond the S columns: blocks of [BLOCK_L, width].
+
+    bias: what load_bias takes, or None.
+    """
+    scores = ()
+    for j in tl.static_range(len(GROUPS[g])):
+        cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])  # [width]
+        x = products[j] * (scale * LOG2_E)
+        if bias is not None:
+            x += load_bias(bias, inside, cols, bias_s, S, BIAS_BY_ROW, UNIT_BIAS, is_last(GROUPS, g, j)) * LOG2_E
+        elif is_last(GROUPS, g, j):
+            x = tl.where((cols < S)[None, :], x, -float("inf"))
+        scores = scores + (x,)
+    return scores
+
+
+@triton.jit
+def load_block(x, inside, cols, S, WHOLE: tl.constexpr):
+    """A block of the map or of its gradient, 0 beyond its rows and its S columns: [BLOCK_L, width]."""
+    mask = inside[:, None] if WHOLE else inside[:, None] & (cols < S)
+    return tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)

@@ -76,7 +76,7 @@ def backward(
     precision, target = dot_precision(query.dtype), Target.of(query.device)
     threshold, keep_scale = survival(dropout_p)
     columns = tiles.pitch(scores[3])
-    in_rows = need_query and query.shape[:2] == scores[:2]
+    in_rows = need_query and query.shape[:2] == scores[:2] and scores[3] <= tiles.WHOLE
     need_scores = need_key or (need_query and not in_rows)
     need_dropped = need_value and seed is not None and keep_scale > 0
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format) if need_query else query.new_empty(0)

@@ -11,6 +11,7 @@ from bda_fused.kernels.blocks import (
     group_start,
     is_last,
     keep,
+    load_block,
     row_numbers,
     row_pointers,
     row_products,
@@ -20,13 +21,7 @@ from bda_fused.kernels.blocks import (
     weighted_rows,
 )
 from bda_fused.kernels.launch import Launch, Rows, Target, is_padded, layout, strides
-
-
-@triton.jit
-def load_block(x, inside, cols, S, WHOLE: tl.constexpr):
-    """A block of the map or of its gradient, 0 beyond its rows and its S columns: [BLOCK_L, width]."""
-    mask = inside[:, None] if WHOLE else inside[:, None] & (cols < S)
-    return tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
+from bda_fused.kernels.residual_attention_long import residual_attention_long_backward_rows
 
 
 @triton.jit
@@ -269,14 +264,14 @@ def plan_rows(
     the bias's shape is the bias's gradient.
     """
     tile = tiles.backward(target, key.dtype, scores[3])
-    scratch = grad_y.new_empty((*scores[:3], tile.columns), device="meta")
+    scratch = grad_y.new_empty((*scores[:3], tiles.pitch(scores[3])), device="meta")
     rows = Rows(scores, keys=(key, value), rows=(grad_y, weights, grad_weights, scratch, grad_query))
     grid = rows.groups * triton.cdiv(rows.length, tile.rows)
     grad_bias, by_row = None, False
     if attn_bias is not None:
         by_row = not rows.share(attn_bias)
         shape = scores[:3] if by_row else (*rows.batch, grid // rows.groups)
-        grad_bias = grad_y.new_empty((*shape, tile.columns), dtype=torch.float32)
+        grad_bias = grad_y.new_empty((*shape, tiles.pitch(scores[3])), dtype=torch.float32)
     threshold, keep_scale = dropout
     arguments = {
         "dy": grad_y, "v": value, "k": key, "weights": weights, "dweights": grad_weights, "drow_sum": grad_row_sum,
@@ -308,4 +303,7 @@ def plan_rows(
         "BLOCK_DK": tile.chunk,
         "PRECISION": precision,
     }
-    return [Launch(residual_attention_backward_rows, grid, arguments, constants, tile.options)], grad_bias
+    kernel = residual_attention_backward_rows
+    if tile.columns < scores[3]:
+        kernel = residual_attention_long_backward_rows
+    return [Launch(kernel, grid, arguments, constants, tile.options)], grad_bias

@@ -13,56 +13,13 @@ from bda_fused.kernels.blocks import (
     row_numbers,
     row_pointers,
     row_products,
+    scaled_scores,
     tail_width,
     tile_rows,
     weighted_rows,
 )
 from bda_fused.kernels.launch import Launch, Rows, Target, is_padded, layout, strides
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def load_bias(
-    bias, inside, cols, stride, S, BY_ROW: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr
-):
-    """The bias of so many columns, -inf beyond S: [BLOCK_L, width] at pointers [BLOCK_L, 1], or one row of it."""
-    offsets = cols if UNIT else cols * stride
-    if BY_ROW:
-        mask = inside[:, None] & (cols < S)[None, :] if LAST else inside[:, None]
-        return tl.load(bias + offsets[None, :], mask=mask, other=-float("inf")).to(tl.float32)
-    added = tl.load(bias + offsets, mask=cols < S, other=-float("inf")) if LAST else tl.load(bias + offsets)
-    return added.to(tl.float32)[None, :]
-
-
-@triton.jit
-def scaled_scores(
-    products,
-    inside,
-    bias,
-    bias_s,
-    scale,
-    S,
-    GROUPS: tl.constexpr,
-    g: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
-    UNIT_BIAS: tl.constexpr,
-):
-    """scale * products + bias in units of log 2, -inf beyond the S columns: blocks of [BLOCK_L, width].
-
-    bias: what load_bias takes, or None.
-    """
-    scores = ()
-    for j in tl.static_range(len(GROUPS[g])):
-        cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])  # [width]
-        x = products[j] * (scale * LOG2_E)
-        if bias is not None:
-            x += load_bias(bias, inside, cols, bias_s, S, BIAS_BY_ROW, UNIT_BIAS, is_last(GROUPS, g, j)) * LOG2_E
-        elif is_last(GROUPS, g, j):
-            x = tl.where((cols < S)[None, :], x, -float("inf"))
-        scores = scores + (x,)
-    return scores
-
+from bda_fused.kernels.residual_attention_long import residual_attention_long_forward
 
 @triton.jit
 def store_columns(
@@ -328,4 +285,7 @@ def plan_forward(
         "PRECISION": precision,
     }
     grid = rows.groups * triton.cdiv(rows.length, tile.rows)
-    return [Launch(residual_attention_forward, grid, arguments, constants, tile.options)]
+    kernel = residual_attention_forward
+    if tile.columns < scores[3]:
+        kernel, grid = residual_attention_long_forward, grid * triton.cdiv(value.shape[3], tile.chunk)
+    return [Launch(kernel, grid, arguments, constants, tile.options)]

@@ -47,11 +47,19 @@ def split(columns: int, groups: int) -> Groups:
     return tuple(blocks(16 * size) for size in sizes)
 
 
+# The longest score row that is held whole.
+WHOLE = 512
+
+
 def forward(target: Target, dtype: torch.dtype, columns: int) -> Tile:
+    if columns > WHOLE:
+        return Tile(64, ((64,),), 32, 64, 4, 2)
     return Tile(64, split(columns, 1 if columns <= 128 else 2), 32, 32, 4, 2)
 
 
 def backward(target: Target, dtype: torch.dtype, columns: int) -> Tile:
+    if columns > WHOLE:
+        return Tile(64, ((64,),), 32, 32, 4, 2)
     return Tile(64, split(columns, 1 if columns <= 128 else 2), 32, 32, 4, 2)
 
 
