@@ -1,0 +1,180 @@
+"""The Triton kernels under Triton's interpreter, on CPU tensors: test_kernels.py runs this with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bda_fused import backends
+from bda_fused import functional as F
+from bda_fused.testing import assert_close, philox_masks
+from tests.attention_cases import CASES, check
+from tests.parity import recorded_dropout, replayed_dropout, results, twins
+
+B, L, S, DK, DV = 3, 5, 19, 7, 37
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", CASES)
+def test_form(name, dtype):
+    check(CASES[name], dtype, backend="triton")
+
+
+MODULES = [
+    ("SemanticSynthesisAttention", {}, ((2, 11, 40), (21, 40))),
+    ("SemanticSynthesisAttention", {"out_proj": True, "dropout": 0.3, "kv_dropout": 0.2}, ((2, 11, 40), (21, 40))),
+    ("VisualSynthesisAttention", {}, ((2, 21, 40), (11, 40))),
+    ("VisualSynthesisAttention", {"out_proj": True, "dropout": 0.3}, ((2, 21, 40), (2, 11, 40))),
+    ("RegionSelfAttention", {"grid": (3, 5), "out_proj": True, "dropout": 0.3}, ((2, 15, 40),)),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "shapes"), MODULES)
+def test_fused_module_against_the_reference(kind, options, shapes):
+    torch.manual_seed(0)
+    natural, fused = twins(kind, 40, torch.float32, **options)
+    truth = twins(kind, 40, **options)[0]
+    truth.load_state_dict(natural.state_dict())
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+    with backends.use("triton"), philox_masks():
+        with recorded_dropout() as (masks, seeds):
+            ours = results(fused, inputs)
+        with replayed_dropout(masks, seeds):
+            yardstick = results(natural, inputs)
+        with replayed_dropout(masks, seeds):
+            expected = results(truth, tuple(x.double() for x in inputs))
+    for name, x in expected.items():
+        if name != "gradient of k_proj.bias" or options.get("kv_dropout"):
+            assert_close(ours[name], x, yardstick[name], gradient="gradient" in name, name=name)
+
+
+LAYOUTS = {
+    "padded rows": lambda *shape: leaf(*shape[:-1], shape[-1] + 13)[..., : shape[-1]],
+    "every second row": lambda *shape: leaf(*shape[:-2], 2 * shape[-2], shape[-1])[..., ::2, :],
+    "transposed": lambda *shape: leaf(*shape[:-2], shape[-1], shape[-2]).mT,
+    "images inside": lambda *shape: leaf(shape[-2], shape[0], shape[-1]).transpose(0, 1),
+    "expanded": lambda *shape: leaf(*shape[1:]).expand(shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_of_operands_and_of_the_incoming_gradient(layout):
+    torch.manual_seed(0)
+    make = LAYOUTS[layout]
+    operands = [make(B, L, DK), make(B, S, DK), make(B, S, DV), make(B, L, DV)]
+    upstream = make(B, L, DV).detach()
+    ours = F.residual_attention(*operands, backend="triton")
+    theirs = F.residual_attention(*operands, backend="eager")
+    grads = [torch.autograd.grad(y, operands, upstream) for y in (ours, theirs)]
+    for x, y in zip((ours, *grads[0]), (theirs, *grads[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [
+    ((0, L, DK), (S, DK), (S, DV), (0, L, DV)),
+    ((B, 0, DK), (S, DK), (S, DV), (B, 0, DV)),
+    ((B, L, DK), (0, DK), (0, DV), (B, L, DV)),
+])  # fmt: skip
+def test_empty_operands(shapes):
+    operands = [leaf(*shape) for shape in shapes]
+    y = F.residual_attention(*operands, backend="triton")
+    assert torch.equal(y, operands[3])
+    y.sum().backward()
+    assert all(x.grad.isfinite().all() for x in operands)
+
+
+class Allocations(TorchDispatchMode):
+    """Collects the bytes of the memory that operators return and did not get."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "empty" in str(function) or "new_" in str(function):
+            self.bytes.append(result.untyped_storage().nbytes())
+        elif isinstance(result, torch.Tensor) and not function.is_view:
+            self.bytes.append(result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("need_grad", [False, True])
+def test_the_forward_allocates_what_it_returns_and_nothing_else(need_grad, need_weights, dtype):
+    from bda_fused import ops
+
+    query, key = torch.randn(B, 1, L, DK, dtype=dtype), torch.randn(1, 1, S, DK, dtype=dtype)
+    value, residual = torch.randn(1, 1, S, DV, dtype=dtype), torch.randn(B, 1, L, DV, dtype=dtype)
+    options = (None, None, 0.5, 0.0, False, need_weights, False, need_grad, "triton")
+    with Allocations() as allocations:
+        y, weights, *_ = ops.residual_attention._op(query, key, value, residual, *options)
+    expected = [B * L * DV * dtype.itemsize] + [B * L * S * dtype.itemsize] * (need_grad or need_weights)
+    assert sorted(size for size in allocations.bytes if size) == sorted(expected)
+    assert weights.numel() == (B * L * S if need_grad or need_weights else 0)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    from bda_fused.kernels.launch import Launch
+
+    names = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: names.append(launch.kernel.__name__) or run(launch))
+    return names
+
+
+def test_only_what_is_needed_is_launched(launches):
+    query, key, value = leaf(L, DK), leaf(B, S, DK), leaf(B, S, DV)
+    y = F.residual_attention(query.detach(), key.detach(), value, backend="triton")
+    launches.clear()
+    y.sum().backward()
+    assert launches == ["residual_attention_summed_product"]
+    query = leaf(B, L, DK)
+    y = F.residual_attention(query, key.detach(), value.detach(), backend="triton")
+    launches.clear()
+    y.sum().backward()
+    assert launches == ["residual_attention_backward_rows"]
+
+
+def test_two_runs_are_bit_identical():
+    operands = [leaf(8, 29, 35), leaf(85, 35), leaf(85, 35), leaf(8, 29, 35)]
+    first, second = (
+        torch.autograd.grad(F.ssa(*operands, backend="triton").sin().sum(), operands) for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_compiles_to_one_graph_for_any_batch():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(visual, attributes):
+        refined, ssa_map = F.ssa(visual, attributes, attributes, visual, need_weights=True, backend="triton")
+        return F.vsa(attributes, refined, refined, attributes, backend="triton"), ssa_map
+
+    for batch in range(1, 5):
+        leaves = leaf(batch, L, DK), leaf(S, DK)
+        result, ssa_map = compiled(*leaves)
+        grads = torch.autograd.grad(result.square().sum() + ssa_map.square().sum(), leaves)
+        refined, expected_map = F.ssa(leaves[0], leaves[1], leaves[1], leaves[0], need_weights=True, backend="eager")
+        expected = F.vsa(leaves[1], refined, refined, leaves[1], backend="eager")
+        expected_grads = torch.autograd.grad(expected.square().sum() + expected_map.square().sum(), leaves)
+        torch.testing.assert_close(
+            [result, ssa_map, *grads], [expected, expected_map, *expected_grads], rtol=1e-4, atol=1e-4
+        )
+    assert counter.frame_count <= 2
+
+
+def test_what_is_refused_is_refused_in_one_sentence():
+    operands = [torch.randn(B, L, DK, dtype=torch.float64), torch.randn(S, DK, dtype=torch.float64)]
+    with pytest.raises(backends.BackendError, match="takes float16, bfloat16 and float32, got float64$"):
+        F.residual_attention(*operands, operands[1], backend="triton")
+    explanation = backends.explain(*operands, operands[1])
+    assert explanation.backend in ("cpu", "eager")
+    assert backends.explain(*(x.float() for x in operands), operands[1].float(), backend="triton").backend == "triton"
