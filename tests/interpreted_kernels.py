@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bda_fused import backends
 from bda_fused import functional as F
+from bda_fused.backends.problem import Problem
+from bda_fused.kernels.launch import Launch
 from bda_fused.testing import assert_close, philox_masks
 from tests.attention_cases import CASES, check
 from tests.parity import recorded_dropout, replayed_dropout, results, twins
@@ -106,23 +108,25 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("need_grad", [False, True])
-def test_the_forward_allocates_what_it_returns_and_nothing_else(need_grad, need_weights, dtype):
-    from bda_fused import ops
-
+def test_the_forward_allocates_what_it_returns_and_nothing_else(need_grad, need_weights, dtype, monkeypatch):
+    launched = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch))  # the interpreter copies what it is given
     query, key = torch.randn(B, 1, L, DK, dtype=dtype), torch.randn(1, 1, S, DK, dtype=dtype)
     value, residual = torch.randn(1, 1, S, DV, dtype=dtype), torch.randn(B, 1, L, DV, dtype=dtype)
-    options = (None, None, 0.5, 0.0, False, need_weights, False, need_grad, "triton")
+    problem = Problem.of(query, key, value, residual, None)
+    options = (None, None, 0.5, 0.0, need_weights, False, need_grad)
     with Allocations() as allocations:
-        y, weights, *_ = ops.residual_attention._op(query, key, value, residual, *options)
+        y, weights, *_ = backends.module("triton").forward(problem, query, key, value, residual, *options)
     expected = [B * L * DV * dtype.itemsize] + [B * L * S * dtype.itemsize] * (need_grad or need_weights)
     assert sorted(size for size in allocations.bytes if size) == sorted(expected)
     assert weights.numel() == (B * L * S if need_grad or need_weights else 0)
+    handed = {x.data_ptr() for launch in launched for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
+    written = {y.data_ptr(), weights.data_ptr()} if need_grad or need_weights else {y.data_ptr()}
+    assert handed == {x.data_ptr() for x in (query, key, value, residual)} | written
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    from bda_fused.kernels.launch import Launch
-
     names = []
     run = Launch.run
     monkeypatch.setattr(Launch, "run", lambda launch: names.append(launch.kernel.__name__) or run(launch))
