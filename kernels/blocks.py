@@ -232,8 +232,9 @@ def load_bias(
     if BY_ROW:
         mask = inside[:, None] & (cols < S)[None, :] if LAST else inside[:, None]
         return tl.load(bias + offsets[None, :], mask=mask, other=-float("inf")).to(tl.float32)
-    added = tl.load(bias + offsets, mask=cols < S, other=-float("inf")) if LAST else tl.load(bias + offsets)
-    return added.to(tl.float32)[None, :]
+    else:
+        added = tl.load(bias + offsets, mask=cols < S, other=-float("inf")) if LAST else tl.load(bias + offsets)
+        return added.to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -207,7 +207,7 @@ def residual_attention_forward(
         for g in tl.static_range(len(GROUPS)):
             blocks = ()
             for j in tl.static_range(len(GROUPS[g])):
-                blocks = blocks + (tl.maximum(undropped[g][j], 0.0),)
+                blocks = blocks + (tl.maximum(undropped[g][j], 0.0).to(v.dtype.element_ty),)
             p = p + (blocks,)
             scaled = scaled + (factors[g] * keep_scale,)
         factors = scaled
