@@ -151,6 +151,18 @@ def row_products(
     WIDTHS: tl.constexpr = GROUPS[g]
     TAIL: tl.constexpr = tail_width(D, BLOCK_D)
     acc = zeros(BLOCK_L, WIDTHS)
+    if TAIL > 0:
+        rest = D // BLOCK_D * BLOCK_D + tl.arange(0, TAIL)[None, :]
+        x_rest = tl.load(x + rest, mask=inside[:, None] & (rest < D), other=0.0).to(w.dtype.element_ty)  # [BLOCK_L, TAIL]
+        first = ()
+        for j in tl.static_range(len(WIDTHS)):
+            rest_rows = key_rows(w, stride_s, S, W_LAYOUT, first_column(GROUPS, g, j), WIDTHS[j], is_last(GROUPS, g, j))
+            if W_PADDED:
+                w_rest = tl.where(rest < D, tl.load(rest_rows + rest), 0.0).to(w.dtype.element_ty)
+            else:
+                w_rest = tl.load(rest_rows + rest, mask=rest < D, other=0.0)
+            first = first + (dot(x_rest, w_rest.T, acc[j], PRECISION),)
+        acc = first
     if D >= BLOCK_D:
         cols = tl.arange(0, BLOCK_D)[None, :]
         for d in tl.range(0, D // BLOCK_D * BLOCK_D, BLOCK_D):
@@ -161,18 +173,6 @@ def row_products(
                 w_tile = tl.load(rows + (d + cols))  # [width, BLOCK_D]
                 added = added + (dot(x_tile, w_tile.T, acc[j], PRECISION),)
             acc = added
-    if TAIL > 0:
-        rest = D // BLOCK_D * BLOCK_D + tl.arange(0, TAIL)[None, :]
-        x_tile = tl.load(x + rest, mask=inside[:, None] & (rest < D), other=0.0).to(w.dtype.element_ty)  # [BLOCK_L, TAIL]
-        added = ()
-        for j in tl.static_range(len(WIDTHS)):
-            rows = key_rows(w, stride_s, S, W_LAYOUT, first_column(GROUPS, g, j), WIDTHS[j], is_last(GROUPS, g, j))
-            if W_PADDED:
-                w_tile = tl.where(rest < D, tl.load(rows + rest), 0.0).to(w.dtype.element_ty)
-            else:
-                w_tile = tl.load(rows + rest, mask=rest < D, other=0.0)
-            added = added + (dot(x_tile, w_tile.T, acc[j], PRECISION),)
-        acc = added
     return acc
 
 

@@ -51,24 +51,31 @@ class Launch:
         """Launch on the tensors' device, on its current stream."""
         self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
 
-    def compile(self, target: Target) -> Any:
-        """The kernel compiled ahead of time for ``target``, exactly as ``run`` would compile it there."""
-        signature, constants, attributes = {}, dict(self.constants), {}
-        for index, parameter in enumerate(self.kernel.params):
-            if parameter.name in constants:
-                signature[parameter.name] = "constexpr"
+    def specialization(self) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+        """What the compiler knows of the arguments: their types by name, the constants, and the aligned pointers."""
+        signature, constants, aligned = {}, dict(self.constants), []
+        for parameter in self.kernel.params:
+            name = parameter.name
+            if name in constants:
                 continue
-            argument = self.arguments[parameter.name]
+            argument = self.arguments[name]
             if argument is None:
-                signature[parameter.name] = "constexpr"
-                constants[parameter.name] = None
+                constants[name] = None
             elif isinstance(argument, Tensor):
-                signature[parameter.name] = _POINTERS[argument.dtype]
+                signature[name] = _POINTERS[argument.dtype]
                 if argument.data_ptr() % 16 == 0:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
+                    aligned.append(name)
             else:
-                signature[parameter.name] = parameter.annotation_type
-        source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
+                signature[name] = parameter.annotation_type
+        return signature, constants, aligned
+
+    def compile(self, target: Target) -> Any:
+        """The kernel compiled ahead of time for ``target``, as ``run`` would compile it there."""
+        signature, constants, aligned = self.specialization()
+        names = self.kernel.arg_names
+        types = {name: signature.get(name, "constexpr") for name in names}
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = triton.compiler.ASTSource(self.kernel, types, constants, attributes)
         gpu = triton.backends.compiler.GPUTarget("cuda", target.capability, 32)
         return triton.compile(source, target=gpu, options=self.options)
 
@@ -100,21 +107,21 @@ def layout(x: Tensor | None) -> tuple[int, int]:
     """What is compiled in of an operand's strides: ``row_stride`` of blocks.py takes it.
 
     The largest power of two up to 16 that divides the distance of any two rows, in elements; and the distance of
-    neighbouring rows where they are packed or their pitch is the next multiple of 16 elements, else 0.
+    neighbouring rows where they are packed or lie less than 32 elements apart from that, else 0.
     """
     if x is None:
         return 16, 0
     *_, step, _ = steps = _steps(x)
     width = x.shape[3]
-    return gcd(16, *steps[:3]), step if width > 1 and step in (width, width + -width % 16) else 0
+    return gcd(16, *steps[:3]), step if width > 1 and width <= step < width + 32 else 0
 
 
-def is_padded(x: Tensor) -> bool:
-    """Whether the memory behind every row, up to the next multiple of 16 elements, can be read.
+def is_padded(x: Tensor, multiple: int) -> bool:
+    """Whether the memory behind every row, up to the next multiple of so many elements, can be read.
 
     So it is where the rows lie apart by at least that much, in storage that ends behind the last row's padding.
     """
-    padding = -x.shape[3] % 16
+    padding = -x.shape[3] % multiple
     if any(step < x.shape[3] + padding for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1):
         return False
     end = x.storage_offset() + 1 + _span(x) + padding

@@ -171,6 +171,8 @@ def residual_attention_backward_rows(
     delta = tl.zeros((BLOCK_L,), tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
     for g in tl.static_range(len(GROUPS)):
+        if g > 0:
+            tl.debug_barrier()  # keeps the loads of this group behind dP of the last: fewer registers
         if NEED_SCORES:
             products = row_products(dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, PADDED_V, V_LAYOUT, PRECISION)
         blocks = ()
@@ -222,18 +224,19 @@ def residual_attention_backward_rows(
             k = group_start(k, group, GROUP_H, k_b, k_h, K_LAYOUT)
             dq = group_start(dq, group, GROUP_H, dq_b, dq_h, DQ_LAYOUT)
             dq = row_pointers(dq, at, first, dq_b, dq_h, dq_l, DQ_LAYOUT, DIVIDED)
-            for d in tl.range(0, DK // BLOCK_DK * BLOCK_DK, BLOCK_DK):
+            # Where K may be read up to whole chunks the last one is like the others, else it has a tail of its own.
+            WHOLE: tl.constexpr = DK % BLOCK_DK == 0
+            for d in tl.range(0, DK if PADDED_K else DK // BLOCK_DK * BLOCK_DK, BLOCK_DK):
                 chunk = d + tl.arange(0, BLOCK_DK)[None, :]
                 store_query_columns(
                     dq, dy, gradient, k, k_s, S, scale, inside, chunk,
-                    BLOCK_L, GROUPS, BLOCK_DK, DK, True, True, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+                    BLOCK_L, GROUPS, BLOCK_DK, DK, True, WHOLE or not PADDED_K, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
                 )  # fmt: skip
-            TAIL: tl.constexpr = tail_width(DK, BLOCK_DK)
-            if TAIL > 0:
-                rest = DK // BLOCK_DK * BLOCK_DK + tl.arange(0, TAIL)[None, :]
+            if not WHOLE and not PADDED_K:
+                rest = DK // BLOCK_DK * BLOCK_DK + tl.arange(0, tail_width(DK, BLOCK_DK))[None, :]
                 store_query_columns(
                     dq, dy, gradient, k, k_s, S, scale, inside, rest,
-                    BLOCK_L, GROUPS, TAIL, DK, PADDED_K, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+                    BLOCK_L, GROUPS, tail_width(DK, BLOCK_DK), DK, False, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
                 )  # fmt: skip
 
 
@@ -292,8 +295,8 @@ def plan_rows(
         "DW_LAYOUT": layout(grad_weights),
         "DS_LAYOUT": layout(scratch),
         "DQ_LAYOUT": layout(grad_query),
-        "PADDED_V": is_padded(value),
-        "PADDED_K": is_padded(key),
+        "PADDED_V": is_padded(value, tile.inner),
+        "PADDED_K": is_padded(key, tile.chunk),
         "DIVIDED": rows.divided,
         "QUERY_IS_RESIDUAL": residual_is_query,
         "BIAS_BY_ROW": by_row,

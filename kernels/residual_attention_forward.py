@@ -146,6 +146,8 @@ def residual_attention_forward(
     sums = ()
     kept = ()
     for g in tl.static_range(len(GROUPS)):
+        if g > 0:
+            tl.debug_barrier()  # keeps the loads of this group behind the weights of the last: fewer registers
         products = row_products(q, inside, k, k_s, S, BLOCK_L, GROUPS, g, DK, BLOCK_DK, PADDED_K, K_LAYOUT, PRECISION)
         x = scaled_scores(products, inside, bias, bias_s, scale, S, GROUPS, g, BIAS_BY_ROW, UNIT_BIAS)
         top = tl.max(x[0], 1)  # [BLOCK_L]
@@ -217,16 +219,17 @@ def residual_attention_forward(
     if r is not None:
         r = group_start(r, group, GROUP_H, r_b, r_h, R_LAYOUT)
         r = row_pointers(r, at, first, r_b, r_h, r_l, R_LAYOUT, DIVIDED)
-    for d in tl.range(0, DV // BLOCK_DV * BLOCK_DV, BLOCK_DV):
+    # Where V may be read up to whole chunks the last one is like the others, else it has a tail of its own.
+    WHOLE: tl.constexpr = DV % BLOCK_DV == 0
+    for d in tl.range(0, DV if PADDED_V else DV // BLOCK_DV * BLOCK_DV, BLOCK_DV):
         chunk = d + tl.arange(0, BLOCK_DV)[None, :]
         store_columns(
-            y, r, p, factors, v, v_s, S, inside, chunk, BLOCK_L, GROUPS, BLOCK_DV, DV, True, True, V_LAYOUT, PRECISION
+            y, r, p, factors, v, v_s, S, inside, chunk, BLOCK_L, GROUPS, BLOCK_DV, DV, True, WHOLE or not PADDED_V, V_LAYOUT, PRECISION
         )
-    TAIL: tl.constexpr = tail_width(DV, BLOCK_DV)
-    if TAIL > 0:
-        rest = DV // BLOCK_DV * BLOCK_DV + tl.arange(0, TAIL)[None, :]
+    if not WHOLE and not PADDED_V:
+        rest = DV // BLOCK_DV * BLOCK_DV + tl.arange(0, tail_width(DV, BLOCK_DV))[None, :]
         store_columns(
-            y, r, p, factors, v, v_s, S, inside, rest, BLOCK_L, GROUPS, TAIL, DV, PADDED_V, False, V_LAYOUT, PRECISION
+            y, r, p, factors, v, v_s, S, inside, rest, BLOCK_L, GROUPS, tail_width(DV, BLOCK_DV), DV, False, False, V_LAYOUT, PRECISION
         )
 
 
@@ -274,8 +277,8 @@ def plan_forward(
         "R_LAYOUT": layout(residual),
         "Y_LAYOUT": layout(y),
         "W_LAYOUT": layout(weights),
-        "PADDED_K": is_padded(key),
-        "PADDED_V": is_padded(value),
+        "PADDED_K": is_padded(key, tile.inner),
+        "PADDED_V": is_padded(value, tile.chunk),
         "PADDED_W": weights is not None and weights.stride(2) >= tile.columns,
         "DIVIDED": rows.divided,
         "BLOCK_L": tile.rows,
