@@ -41,6 +41,12 @@ def tail_width(width, block):
     return 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
+@triton.constexpr_function
+def whole_chunks(width, chunk, readable):
+    """Up to which column a row is computed in whole chunks: beyond its width where the last chunk may be read whole."""
+    return -(-width // chunk) * chunk if -(-width // chunk) * chunk <= readable else width // chunk * chunk
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:
@@ -140,13 +146,14 @@ def row_products(
     g: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    W_PADDED: tl.constexpr,
+    READABLE: tl.constexpr,
     W_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """X W^T for rows at pointers x [BLOCK_L, 1], 0 where not inside, and column group g of the rows at w: a tuple of [BLOCK_L, width].
+    """X W^T for rows at pointers x [BLOCK_L, 1], 0 where not inside, and column group g of the rows at w.
 
-    W_PADDED: what lies behind a row of W up to the next multiple of 16 elements may be read, whatever it is.
+    A tuple of [BLOCK_L, width]. READABLE: up to which column rows of W may be read, whatever lies behind the D-th. What
+    whole blocks leave of the D columns comes first: behind the loop its addresses would outlive it in registers.
     """
     WIDTHS: tl.constexpr = GROUPS[g]
     TAIL: tl.constexpr = tail_width(D, BLOCK_D)
@@ -157,7 +164,7 @@ def row_products(
         first = ()
         for j in tl.static_range(len(WIDTHS)):
             rest_rows = key_rows(w, stride_s, S, W_LAYOUT, first_column(GROUPS, g, j), WIDTHS[j], is_last(GROUPS, g, j))
-            if W_PADDED:
+            if D // BLOCK_D * BLOCK_D + TAIL <= READABLE:
                 w_rest = tl.where(rest < D, tl.load(rest_rows + rest), 0.0).to(w.dtype.element_ty)
             else:
                 w_rest = tl.load(rest_rows + rest, mask=rest < D, other=0.0)
@@ -211,8 +218,11 @@ def weighted_rows(
 def keep(seed, row, threshold, FIRST, WIDTH: tl.constexpr):
     """Which of WIDTH columns from FIRST, a multiple of 4, survive dropout: [BLOCK_L, WIDTH] for int64 rows [BLOCK_L].
 
-    Philox4x32-10 with counter (column // 4, row_lo, row_hi, 0); the lane is column % 4.
+    seed: a pointer to the int64 seed. Philox4x32-10 with counter (column // 4, row_lo, row_hi, 0); the lane is
+    column % 4.
     """
+    # Loaded anew, so that no round of one block is kept in registers for the next.
+    seed = tl.load(seed, volatile=True)
     quad = (FIRST // 4 + tl.arange(0, WIDTH // 4)).to(tl.uint32)[None, :]
     low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
     high = (row >> 32).to(tl.uint32)[:, None]

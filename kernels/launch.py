@@ -116,16 +116,15 @@ def layout(x: Tensor | None) -> tuple[int, int]:
     return gcd(16, *steps[:3]), step if width > 1 and width <= step < width + 32 else 0
 
 
-def is_padded(x: Tensor, multiple: int) -> bool:
-    """Whether the memory behind every row, up to the next multiple of so many elements, can be read.
+def readable_width(x: Tensor) -> int:
+    """How many columns of every row lie in memory that may be read: at least its own, at most up to a multiple of 64.
 
-    So it is where the rows lie apart by at least that much, in storage that ends behind the last row's padding.
+    More than its own where the rows lie further apart, in storage that does not end with the last of them.
     """
-    padding = -x.shape[3] % multiple
-    if any(step < x.shape[3] + padding for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1):
-        return False
-    end = x.storage_offset() + 1 + _span(x) + padding
-    return end <= x.untyped_storage().nbytes() // x.element_size()
+    width = x.shape[3]
+    room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset() - 1 - _span(x)
+    apart = [step - width for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    return width + max(0, min(-width % 64, room, *apart))
 
 
 def _span(x: Tensor) -> int:

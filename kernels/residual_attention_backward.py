@@ -19,8 +19,9 @@ from bda_fused.kernels.blocks import (
     tail_width,
     tile_rows,
     weighted_rows,
+    whole_chunks,
 )
-from bda_fused.kernels.launch import Launch, Rows, Target, is_padded, layout, strides
+from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_backward_rows
 
 
@@ -112,8 +113,8 @@ def residual_attention_backward_rows(
     DW_LAYOUT: tl.constexpr,
     DS_LAYOUT: tl.constexpr,
     DQ_LAYOUT: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    PADDED_K: tl.constexpr,
+    READABLE_V: tl.constexpr,
+    READABLE_K: tl.constexpr,
     DIVIDED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
@@ -142,8 +143,6 @@ def residual_attention_backward_rows(
     v = group_start(v, group, GROUP_H, v_b, v_h, V_LAYOUT)
     if seed is not None or drow_sum is not None:
         row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
-    if seed is not None:
-        seed = tl.load(seed)
     if drow_sum is not None:
         drow_sum = tl.load(drow_sum + row, mask=inside, other=0.0)[:, None]
     if dweights is not None:
@@ -174,7 +173,7 @@ def residual_attention_backward_rows(
         if g > 0:
             tl.debug_barrier()  # keeps the loads of this group behind dP of the last: fewer registers
         if NEED_SCORES:
-            products = row_products(dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, PADDED_V, V_LAYOUT, PRECISION)
+            products = row_products(dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, READABLE_V, V_LAYOUT, PRECISION)
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
             cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
@@ -224,19 +223,20 @@ def residual_attention_backward_rows(
             k = group_start(k, group, GROUP_H, k_b, k_h, K_LAYOUT)
             dq = group_start(dq, group, GROUP_H, dq_b, dq_h, DQ_LAYOUT)
             dq = row_pointers(dq, at, first, dq_b, dq_h, dq_l, DQ_LAYOUT, DIVIDED)
-            # Where K may be read up to whole chunks the last one is like the others, else it has a tail of its own.
-            WHOLE: tl.constexpr = DK % BLOCK_DK == 0
-            for d in tl.range(0, DK if PADDED_K else DK // BLOCK_DK * BLOCK_DK, BLOCK_DK):
+            # Where K may be read up to whole chunks the last chunk is like the others, else it has code of its own.
+            EVEN: tl.constexpr = whole_chunks(DK, BLOCK_DK, READABLE_K)
+            for d in tl.range(0, EVEN, BLOCK_DK):
                 chunk = d + tl.arange(0, BLOCK_DK)[None, :]
                 store_query_columns(
                     dq, dy, gradient, k, k_s, S, scale, inside, chunk,
-                    BLOCK_L, GROUPS, BLOCK_DK, DK, True, WHOLE or not PADDED_K, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+                    BLOCK_L, GROUPS, BLOCK_DK, DK, True, EVEN <= DK, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
                 )  # fmt: skip
-            if not WHOLE and not PADDED_K:
-                rest = DK // BLOCK_DK * BLOCK_DK + tl.arange(0, tail_width(DK, BLOCK_DK))[None, :]
+            if EVEN < DK:
+                TAIL: tl.constexpr = tail_width(DK, BLOCK_DK)
+                rest = EVEN + tl.arange(0, TAIL)[None, :]
                 store_query_columns(
                     dq, dy, gradient, k, k_s, S, scale, inside, rest,
-                    BLOCK_L, GROUPS, tail_width(DK, BLOCK_DK), DK, False, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+                    BLOCK_L, GROUPS, TAIL, DK, EVEN + TAIL <= READABLE_K, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
                 )  # fmt: skip
 
 
@@ -295,8 +295,8 @@ def plan_rows(
         "DW_LAYOUT": layout(grad_weights),
         "DS_LAYOUT": layout(scratch),
         "DQ_LAYOUT": layout(grad_query),
-        "PADDED_V": is_padded(value, tile.inner),
-        "PADDED_K": is_padded(key, tile.chunk),
+        "READABLE_V": readable_width(value),
+        "READABLE_K": readable_width(key),
         "DIVIDED": rows.divided,
         "QUERY_IS_RESIDUAL": residual_is_query,
         "BIAS_BY_ROW": by_row,

@@ -17,8 +17,9 @@ from bda_fused.kernels.blocks import (
     tail_width,
     tile_rows,
     weighted_rows,
+    whole_chunks,
 )
-from bda_fused.kernels.launch import Launch, Rows, Target, is_padded, layout, strides
+from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_forward
 
 @triton.jit
@@ -112,8 +113,8 @@ def residual_attention_forward(
     R_LAYOUT: tl.constexpr,
     Y_LAYOUT: tl.constexpr,
     W_LAYOUT: tl.constexpr,
-    PADDED_K: tl.constexpr,
-    PADDED_V: tl.constexpr,
+    READABLE_K: tl.constexpr,
+    READABLE_V: tl.constexpr,
     PADDED_W: tl.constexpr,
     DIVIDED: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -135,9 +136,6 @@ def residual_attention_forward(
         bias = group_start(bias, group, GROUP_H, bias_b, bias_h, BIAS_LAYOUT)
         if BIAS_BY_ROW:
             bias = row_pointers(bias, at, first, bias_b, bias_h, bias_l, BIAS_LAYOUT, DIVIDED)
-    if seed is not None:
-        seed = tl.load(seed)
-        row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
 
     # Every column group has a maximum and a sum of its own, and unnormalised weights in the values' dtype. Until the
     # map is stored, the sign of a weight says whether dropout has dropped it.
@@ -148,7 +146,7 @@ def residual_attention_forward(
     for g in tl.static_range(len(GROUPS)):
         if g > 0:
             tl.debug_barrier()  # keeps the loads of this group behind the weights of the last: fewer registers
-        products = row_products(q, inside, k, k_s, S, BLOCK_L, GROUPS, g, DK, BLOCK_DK, PADDED_K, K_LAYOUT, PRECISION)
+        products = row_products(q, inside, k, k_s, S, BLOCK_L, GROUPS, g, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION)
         x = scaled_scores(products, inside, bias, bias_s, scale, S, GROUPS, g, BIAS_BY_ROW, UNIT_BIAS)
         top = tl.max(x[0], 1)  # [BLOCK_L]
         for j in tl.static_range(1, len(GROUPS[g])):
@@ -161,6 +159,7 @@ def residual_attention_forward(
             e = tl.exp2(x[j] - reference)  # [BLOCK_L, width]
             total += tl.sum(e, 1)
             if seed is not None:
+                row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
                 e = tl.where(keep(seed, row, threshold, first_column(GROUPS, g, j), GROUPS[g][j]), e, -e)
             if row_sum is not None:
                 survived += tl.sum(tl.maximum(e, 0.0), 1)
@@ -219,18 +218,21 @@ def residual_attention_forward(
     if r is not None:
         r = group_start(r, group, GROUP_H, r_b, r_h, R_LAYOUT)
         r = row_pointers(r, at, first, r_b, r_h, r_l, R_LAYOUT, DIVIDED)
-    # Where V may be read up to whole chunks the last one is like the others, else it has a tail of its own.
-    WHOLE: tl.constexpr = DV % BLOCK_DV == 0
-    for d in tl.range(0, DV if PADDED_V else DV // BLOCK_DV * BLOCK_DV, BLOCK_DV):
+    # Where V may be read up to whole chunks the last chunk is like the others, else it has code of its own.
+    EVEN: tl.constexpr = whole_chunks(DV, BLOCK_DV, READABLE_V)
+    for d in tl.range(0, EVEN, BLOCK_DV):
         chunk = d + tl.arange(0, BLOCK_DV)[None, :]
         store_columns(
-            y, r, p, factors, v, v_s, S, inside, chunk, BLOCK_L, GROUPS, BLOCK_DV, DV, True, WHOLE or not PADDED_V, V_LAYOUT, PRECISION
-        )
-    if not WHOLE and not PADDED_V:
-        rest = DV // BLOCK_DV * BLOCK_DV + tl.arange(0, tail_width(DV, BLOCK_DV))[None, :]
+            y, r, p, factors, v, v_s, S, inside, chunk,
+            BLOCK_L, GROUPS, BLOCK_DV, DV, True, EVEN <= DV, V_LAYOUT, PRECISION,
+        )  # fmt: skip
+    if EVEN < DV:
+        TAIL: tl.constexpr = tail_width(DV, BLOCK_DV)
+        rest = EVEN + tl.arange(0, TAIL)[None, :]
         store_columns(
-            y, r, p, factors, v, v_s, S, inside, rest, BLOCK_L, GROUPS, tail_width(DV, BLOCK_DV), DV, False, False, V_LAYOUT, PRECISION
-        )
+            y, r, p, factors, v, v_s, S, inside, rest,
+            BLOCK_L, GROUPS, TAIL, DV, EVEN + TAIL <= READABLE_V, False, V_LAYOUT, PRECISION,
+        )  # fmt: skip
 
 
 def plan_forward(
@@ -277,8 +279,8 @@ def plan_forward(
         "R_LAYOUT": layout(residual),
         "Y_LAYOUT": layout(y),
         "W_LAYOUT": layout(weights),
-        "PADDED_K": is_padded(key, tile.inner),
-        "PADDED_V": is_padded(value, tile.chunk),
+        "READABLE_K": readable_width(key),
+        "READABLE_V": readable_width(value),
         "PADDED_W": weights is not None and weights.stride(2) >= tile.columns,
         "DIVIDED": rows.divided,
         "BLOCK_L": tile.rows,

@@ -82,8 +82,8 @@ def residual_attention_long_forward(
     R_LAYOUT: tl.constexpr,
     Y_LAYOUT: tl.constexpr,
     W_LAYOUT: tl.constexpr,
-    PADDED_K: tl.constexpr,
-    PADDED_V: tl.constexpr,
+    READABLE_K: tl.constexpr,
+    READABLE_V: tl.constexpr,
     PADDED_W: tl.constexpr,
     DIVIDED: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -116,8 +116,6 @@ def residual_attention_long_forward(
             bias = row_pointers(bias, at, first, bias_b, bias_h, bias_l, BIAS_LAYOUT, DIVIDED)
     if seed is not None or row_sum is not None:
         row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
-    if seed is not None:
-        seed = tl.load(seed)
     if weights is not None:
         # Where images or heads share the map, the first stores it.
         first_b = at[1] + group // GROUP_H == 0
@@ -130,7 +128,7 @@ def residual_attention_long_forward(
     total = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, S, WIDTH):
         products = row_products(
-            q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, PADDED_K, K_LAYOUT, PRECISION
+            q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION
         )
         if bias is not None:
             block_bias = bias + start * bias_s
@@ -147,7 +145,7 @@ def residual_attention_long_forward(
     survived = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, S, WIDTH):
         products = row_products(
-            q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, PADDED_K, K_LAYOUT, PRECISION
+            q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION
         )
         if bias is not None:
             block_bias = bias + start * bias_s
@@ -240,8 +238,8 @@ def residual_attention_long_backward_rows(
     DW_LAYOUT: tl.constexpr,
     DS_LAYOUT: tl.constexpr,
     DQ_LAYOUT: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    PADDED_K: tl.constexpr,
+    READABLE_V: tl.constexpr,
+    READABLE_K: tl.constexpr,
     DIVIDED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
@@ -272,8 +270,6 @@ def residual_attention_long_backward_rows(
     columns = tl.arange(0, WIDTH)
     if seed is not None or drow_sum is not None:
         row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
-    if seed is not None:
-        seed = tl.load(seed)
     if drow_sum is not None:
         drow_sum = tl.load(drow_sum + row, mask=inside, other=0.0)[:, None]
     if dweights is not None:
@@ -304,7 +300,7 @@ def residual_attention_long_backward_rows(
             p = load_block(weights + start, inside, columns[None, :], S - start, False)  # [BLOCK_L, WIDTH]
             x = row_products(
                 dy, inside, v + start * v_step, v_s, S - start,
-                BLOCK_L, GROUPS, 0, DV, BLOCK_DV, PADDED_V, V_LAYOUT, PRECISION,
+                BLOCK_L, GROUPS, 0, DV, BLOCK_DV, READABLE_V, V_LAYOUT, PRECISION,
             )[0]  # fmt: skip
             if drow_sum is not None:
                 x += drow_sum
