@@ -7,10 +7,11 @@ from torch import Tensor
 
 from bda_fused import dropout
 from bda_fused.kernels import tiles
+from bda_fused.kernels.dropped_map import plan_signed_map
 from bda_fused.kernels.launch import Launch, Target, readable
 from bda_fused.kernels.residual_attention_backward import plan_rows
 from bda_fused.kernels.residual_attention_forward import plan_forward
-from bda_fused.kernels.sums import plan_products, plan_sum
+from bda_fused.kernels.sums import Term, plan_products, plan_sum
 
 
 def forward(
@@ -69,23 +70,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and attn_bias, empty where ``needs`` says no; see ops.py."""
     need_query, need_key, need_value, need_bias = needs
-    need_value = need_value or (need_key and key_is_value)
     if grad_y.dtype == torch.float64:  # of a residual in float64
         grad_y = grad_y.float()
     grad_y, query, key, value = readable(grad_y), readable(query), readable(key), readable(value)
     precision, target = dot_precision(query.dtype), Target.of(query.device)
     threshold, keep_scale = survival(dropout_p)
-    columns = tiles.pitch(scores[3])
-    in_rows = need_query and query.shape[:2] == scores[:2] and scores[3] <= tiles.WHOLE
-    need_scores = need_key or (need_query and not in_rows)
-    need_dropped = need_value and seed is not None and keep_scale > 0
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format) if need_query else query.new_empty(0)
-    grad_scores = query.new_empty((*scores[:3], columns)) if need_scores else None
-    dropped = query.new_empty((*scores[:3], columns)) if need_dropped else None
+    columns = scores[3]
+    scratch = (*scores[:3], tiles.pitch(columns))
+    grad_query, grad_key, grad_value, grad_bias = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else query.new_empty(0)
+        for x, need in zip((query, key, value, attn_bias), needs, strict=True)
+    )
+    if need_bias and attn_bias is not None and attn_bias.shape[3] == 1:  # shifts all scores of a row alike
+        grad_bias.zero_()
+        need_bias = False
     launches: list[Launch] = []
-    bias_sums = None
-    if in_rows or need_scores or need_dropped or need_bias:
-        launches, bias_sums = plan_rows(
+
+    if seed is not None:
+        signed = weights.new_empty(scratch)
+        launches += plan_signed_map(weights, seed, signed, columns, threshold)
+        weights = signed
+    in_rows = need_query and query.shape[:2] == scores[:2] and columns <= tiles.WHOLE
+    need_scores = need_key or (need_query and not in_rows)
+    grad_scores = query.new_empty(scratch) if need_scores else None
+    if in_rows or need_scores or need_bias:
+        rows, bias_sums = plan_rows(
             scores,
             grad_y,
             key,
@@ -93,58 +102,35 @@ def backward(
             weights,
             None if grad_weights is None else readable(grad_weights),
             None if grad_row_sum is None else grad_row_sum.contiguous(),
-            seed,
             grad_scores,
-            dropped,
             grad_query if in_rows else None,
             attn_bias if need_bias else None,
             scale=scale,
-            dropout=(threshold, keep_scale),
+            keep_scale=None if seed is None else keep_scale,
             residual_is_query=residual_is_query,
             precision=precision,
             target=target,
         )
-    grad_key = torch.empty_like(key, memory_format=torch.contiguous_format) if need_key else key.new_empty(0)
-    grad_value, grad_bias = value.new_empty(0), query.new_empty(0)
-    map_after_dropout = weights.expand(*scores) if dropped is None else dropped
-    value_term = (map_after_dropout, grad_y, keep_scale)
-    options = {"precision": precision, "target": target}
+        launches += rows
+        if bias_sums is not None:
+            launches += plan_sum(bias_sums, columns, grad_bias)
+
+    value_term = Term(weights.expand(*scores[:3], -1), grad_y, keep_scale, weights.shape[3], seed is not None)
     if need_query and not in_rows:
-        assert grad_scores is not None
+        term = Term(grad_scores, key, scale, scratch[3])
+        extra = grad_y if residual_is_query else None
         launches += plan_products(
-            [(grad_scores, key, scale)],
-            grad_query,
-            transposed=False,
-            columns=(columns,),
-            extra=grad_y if residual_is_query else None,
-            **options,
+            [term], grad_query, transposed=False, extra=extra, precision=precision, target=target
         )
     if need_key:
-        assert grad_scores is not None
-        terms, readable_columns = [(grad_scores, query, scale)], [columns]
+        terms = [Term(grad_scores, query, scale, scratch[3])]
         if key_is_value and keep_scale > 0:
             terms.append(value_term)
-            readable_columns.append(map_after_dropout.shape[3])
-        launches += plan_products(
-            terms, grad_key, transposed=True, columns=tuple(readable_columns), extra=None, **options
-        )
+        launches += plan_products(terms, grad_key, transposed=True, extra=None, precision=precision, target=target)
     if need_value and not key_is_value:
-        grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-        if keep_scale > 0:
-            launches += plan_products(
-                [value_term],
-                grad_value,
-                transposed=True,
-                columns=(map_after_dropout.shape[3],),
-                extra=None,
-                **options,
-            )
-        else:
-            grad_value.zero_()
-    if need_bias:
-        assert bias_sums is not None and attn_bias is not None
-        grad_bias = torch.empty_like(attn_bias, memory_format=torch.contiguous_format)
-        launches += plan_sum(bias_sums, scores[3], grad_bias)
+        launches += plan_products(
+            [value_term], grad_value, transposed=True, extra=None, precision=precision, target=target
+        )
     for launch in launches:
         launch.run()
     return grad_query, grad_key, grad_value, grad_bias

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from bda_fused.kernels import tiles
 from bda_fused.kernels.blocks import (
+    INTERPRETED,
     first_column,
     group_start,
     is_last,
-    keep,
     load_block,
     row_numbers,
     row_pointers,
@@ -23,6 +23,20 @@ from bda_fused.kernels.blocks import (
 )
 from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_backward_rows
+
+
+@triton.jit
+def add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def row_sums(x, y):
+    """The sums of the rows of both: together, so that the compiler moves neither to the other's layout and back."""
+    if INTERPRETED:  # which would add one element at a time
+        return tl.sum(x, 1), tl.sum(y, 1)
+    else:
+        return tl.reduce((x, y), 1, add_both)
 
 
 @triton.jit
@@ -57,7 +71,7 @@ def store_query_columns(
 ROWS_RUNTIME = [
     "dy_b", "dy_h", "dy_l", "v_b", "v_h", "v_s", "k_b", "k_h", "k_s", "w_b", "w_h", "w_l", "dw_b", "dw_h", "dw_l",
     "ds_b", "ds_h", "ds_l", "dq_b", "dq_h", "dq_l",
-    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "threshold", "keep_scale",
+    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "keep_scale",
 ]  # fmt: skip
 
 
@@ -69,9 +83,7 @@ def residual_attention_backward_rows(
     weights,
     dweights,
     drow_sum,
-    seed,
     ds,
-    dropped,
     dbias,
     dq,
     dy_b: "i64",
@@ -102,7 +114,6 @@ def residual_attention_backward_rows(
     OUTER_H: "i32",
     GROUP_H: "i32",
     scale: "fp32",
-    threshold: "u32",
     keep_scale: "fp32",
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -116,6 +127,7 @@ def residual_attention_backward_rows(
     READABLE_V: tl.constexpr,
     READABLE_K: tl.constexpr,
     DIVIDED: tl.constexpr,
+    DROPPED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -124,13 +136,12 @@ def residual_attention_backward_rows(
     BLOCK_DK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS (B, H, L, pitch), the surviving weights in the same layout, dbias, and dQ, whichever is not None.
+    """dS (B, H, L, pitch), dbias, and dQ, whichever is not None. With DROPPED the signs of the map are its dropout mask.
 
     dP = (dY V^T + drow_sum) * M + dmap, dS = P * (dP - rowsum(P * dP)), dQ = scale * dS K. The rows of the map that was
     kept sum to 1 up to its rounding: P is divided by their sum, so that the rows of dS sum to 0 as they must.
     dbias: dS in float32, in the layout of dS where BIAS_BY_ROW, else its column sums over each tile, (programs, pitch).
     """
-    NEED_SCORES: tl.constexpr = ds is not None or dbias is not None or dq is not None
     TILES = tl.cdiv(ROWS, BLOCK_L)
     group = tl.program_id(0) // TILES
     first = tl.program_id(0) % TILES * BLOCK_L
@@ -141,9 +152,8 @@ def residual_attention_backward_rows(
     dy = group_start(dy, group, GROUP_H, dy_b, dy_h, DY_LAYOUT)
     dy = row_pointers(dy, at, first, dy_b, dy_h, dy_l, DY_LAYOUT, DIVIDED)
     v = group_start(v, group, GROUP_H, v_b, v_h, V_LAYOUT)
-    if seed is not None or drow_sum is not None:
-        row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
     if drow_sum is not None:
+        row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
         drow_sum = tl.load(drow_sum + row, mask=inside, other=0.0)[:, None]
     if dweights is not None:
         # Where images or heads share the map, its gradient enters once.
@@ -152,9 +162,6 @@ def residual_attention_backward_rows(
         owner = inside & (first_b | (dw_b != 0)) & (first_h | (dw_h != 0))
         dweights = group_start(dweights, group, GROUP_H, dw_b, dw_h, DW_LAYOUT)
         dweights = row_pointers(dweights, at, first, dw_b, dw_h, dw_l, DW_LAYOUT, DIVIDED)
-    if dropped is not None:
-        dropped = group_start(dropped, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
-        dropped = row_pointers(dropped, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
     if ds is not None:
         ds = group_start(ds, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
         ds = row_pointers(ds, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
@@ -172,72 +179,68 @@ def residual_attention_backward_rows(
     for g in tl.static_range(len(GROUPS)):
         if g > 0:
             tl.debug_barrier()  # keeps the loads of this group behind dP of the last: fewer registers
-        if NEED_SCORES:
-            products = row_products(dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, READABLE_V, V_LAYOUT, PRECISION)
+        products = row_products(dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, READABLE_V, V_LAYOUT, PRECISION)
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
             cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
             p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j))  # [BLOCK_L, width]
-            if seed is not None:
-                survives = keep(seed, row, threshold, first_column(GROUPS, g, j), GROUPS[g][j])
-                if dropped is not None:
-                    tl.store(dropped + cols, tl.where(survives, p, 0.0).to(dropped.dtype.element_ty), mask=inside[:, None])
-            if NEED_SCORES:
-                x = products[j]
-                if drow_sum is not None:
-                    x += drow_sum
-                if seed is not None:
-                    x = tl.where(survives, x * keep_scale, 0.0)
-                if dweights is not None:
-                    x += load_block(dweights, owner, cols, S, not is_last(GROUPS, g, j))
-                if len(GROUPS) > 1:
-                    x = x.to(v.dtype.element_ty)
-                delta += tl.sum(p * x.to(tl.float32), 1)
-                total += tl.sum(p, 1)
-                blocks = blocks + (x,)
+            x = products[j]
+            if drow_sum is not None:
+                x += drow_sum
+            if DROPPED:
+                x = tl.where(p > 0.0, x * keep_scale, 0.0)
+                p = tl.abs(p)
+            if dweights is not None:
+                x += load_block(dweights, owner, cols, S, not is_last(GROUPS, g, j))
+            px_sum, p_sum = row_sums(p * x, p)
+            delta += px_sum
+            total += p_sum
+            blocks = blocks + (x if len(GROUPS) == 1 else x.to(v.dtype.element_ty),)
         dp = dp + (blocks,)
 
-    if NEED_SCORES:
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-        delta = (delta * inverse)[:, None]
-        inverse = inverse[:, None]
-        gradient = ()
-        for g in tl.static_range(len(GROUPS)):
-            blocks = ()
-            for j in tl.static_range(len(GROUPS[g])):
-                cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
-                p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j))
-                x = p * inverse * (dp[g][j].to(tl.float32) - delta)
-                if dbias is not None:
-                    if BIAS_BY_ROW:
-                        tl.store(dbias + cols, x, mask=inside[:, None])
-                    else:
-                        columns = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])
-                        tl.store(dbias + columns, tl.sum(x, 0))
-                x = x.to(v.dtype.element_ty)
-                if ds is not None:
-                    tl.store(ds + cols, x, mask=inside[:, None])
-                blocks = blocks + (x,)
-            gradient = gradient + (blocks,)
-        if dq is not None:
-            k = group_start(k, group, GROUP_H, k_b, k_h, K_LAYOUT)
-            dq = group_start(dq, group, GROUP_H, dq_b, dq_h, DQ_LAYOUT)
-            dq = row_pointers(dq, at, first, dq_b, dq_h, dq_l, DQ_LAYOUT, DIVIDED)
-            # Where K may be read up to whole chunks the last chunk is like the others, else it has code of its own.
-            EVEN: tl.constexpr = whole_chunks(DK, BLOCK_DK, READABLE_K)
-            for d in tl.range(0, EVEN, BLOCK_DK):
-                chunk = d + tl.arange(0, BLOCK_DK)[None, :]
-                store_query_columns(
-                    dq, dy, gradient, k, k_s, S, scale, inside, chunk,
-                    BLOCK_L, GROUPS, BLOCK_DK, DK, True, EVEN <= DK, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
-                )  # fmt: skip
-            if EVEN < DK:
-                TAIL: tl.constexpr = tail_width(DK, BLOCK_DK)
-                rest = EVEN + tl.arange(0, TAIL)[None, :]
-                store_query_columns(
-                    dq, dy, gradient, k, k_s, S, scale, inside, rest,
-                    BLOCK_L, GROUPS, TAIL, DK, EVEN + TAIL <= READABLE_K, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
-                )  # fmt: skip
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    delta = (delta * inverse)[:, None]
+    inverse = inverse[:, None]
+    gradient = ()
+    for g in tl.static_range(len(GROUPS)):
+        blocks = ()
+        for j in tl.static_range(len(GROUPS[g])):
+            columns = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])
+            cols = columns[None, :]
+            p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j))
+            if DROPPED:
+                p = tl.abs(p)
+            x = p * inverse * (dp[g][j].to(tl.float32) - delta)
+            if dbias is not None:
+                if BIAS_BY_ROW:
+                    tl.store(dbias + cols, x, mask=inside[:, None])
+                else:
+                    tl.store(dbias + columns, tl.sum(x, 0))
+            x = x.to(v.dtype.element_ty)
+            if ds is not None:
+                tl.store(ds + cols, x, mask=inside[:, None])
+            blocks = blocks + (x,)
+        gradient = gradient + (blocks,)
+
+    if dq is not None:
+        k = group_start(k, group, GROUP_H, k_b, k_h, K_LAYOUT)
+        dq = group_start(dq, group, GROUP_H, dq_b, dq_h, DQ_LAYOUT)
+        dq = row_pointers(dq, at, first, dq_b, dq_h, dq_l, DQ_LAYOUT, DIVIDED)
+        # Where K may be read up to whole chunks the last chunk is like the others, else it has code of its own.
+        EVEN: tl.constexpr = whole_chunks(DK, BLOCK_DK, READABLE_K)
+        for d in tl.range(0, EVEN, BLOCK_DK):
+            chunk = d + tl.arange(0, BLOCK_DK)[None, :]
+            store_query_columns(
+                dq, dy, gradient, k, k_s, S, scale, inside, chunk,
+                BLOCK_L, GROUPS, BLOCK_DK, DK, True, EVEN <= DK, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+            )  # fmt: skip
+        if EVEN < DK:
+            TAIL: tl.constexpr = tail_width(DK, BLOCK_DK)
+            rest = EVEN + tl.arange(0, TAIL)[None, :]
+            store_query_columns(
+                dq, dy, gradient, k, k_s, S, scale, inside, rest,
+                BLOCK_L, GROUPS, TAIL, DK, EVEN + TAIL <= READABLE_K, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+            )  # fmt: skip
 
 
 def plan_rows(
@@ -248,21 +251,20 @@ def plan_rows(
     weights: Tensor,
     grad_weights: Tensor | None,
     grad_row_sum: Tensor | None,
-    seed: Tensor | None,
     grad_scores: Tensor | None,
-    dropped: Tensor | None,
     grad_query: Tensor | None,
     attn_bias: Tensor | None,
     *,
     scale: float,
-    dropout: tuple[int, float],
+    keep_scale: float | None,
     residual_is_query: bool,
     precision: str,
     target: Target,
 ) -> tuple[list[Launch], Tensor | None]:
-    """The launches that fill grad_scores and dropped, both (B, H, L, pitch), and grad_query; None for what nobody needs.
+    """The launches that fill grad_scores (B, H, L, pitch) and grad_query; None for what nobody needs.
 
-    grad_row_sum: (B, H, L), contiguous. attn_bias: if its gradient is needed. The pitch holds all columns of the tile's
+    grad_row_sum: (B, H, L), contiguous. attn_bias: if its gradient is needed. keep_scale: of a dropped map, whose
+    signs are its mask; else None. The pitch holds all columns of the tile's
     blocks; those beyond S become 0. Also returns dS, or its sums over tiles, in float32 (., ., ., pitch), whose sum to
     the bias's shape is the bias's gradient.
     """
@@ -275,15 +277,13 @@ def plan_rows(
         by_row = not rows.share(attn_bias)
         shape = scores[:3] if by_row else (*rows.batch, grid // rows.groups)
         grad_bias = grad_y.new_empty((*shape, tiles.pitch(scores[3])), dtype=torch.float32)
-    threshold, keep_scale = dropout
     arguments = {
         "dy": grad_y, "v": value, "k": key, "weights": weights, "dweights": grad_weights, "drow_sum": grad_row_sum,
-        "seed": seed, "ds": grad_scores, "dropped": dropped, "dbias": grad_bias,
-        "dq": grad_query,
+        "ds": grad_scores, "dbias": grad_bias, "dq": grad_query,
         **rows.strides(grad_y, "dy_b dy_h dy_l"), **strides(value, "v_b v_h v_s"), **strides(key, "k_b k_h k_s"),
         **rows.strides(weights, "w_b w_h w_l"), **rows.strides(grad_weights, "dw_b dw_h dw_l"),
         **rows.strides(scratch, "ds_b ds_h ds_l"), **rows.strides(grad_query, "dq_b dq_h dq_l"), **rows.arguments,
-        "S": scores[3], "scale": scale, "threshold": threshold, "keep_scale": keep_scale,
+        "S": scores[3], "scale": scale, "keep_scale": 1.0 if keep_scale is None else keep_scale,
     }  # fmt: skip
     constants = {
         "DK": key.shape[3],
@@ -298,6 +298,7 @@ def plan_rows(
         "READABLE_V": readable_width(value),
         "READABLE_K": readable_width(key),
         "DIVIDED": rows.divided,
+        "DROPPED": keep_scale is not None,
         "QUERY_IS_RESIDUAL": residual_is_query,
         "BIAS_BY_ROW": by_row,
         "BLOCK_L": tile.rows,

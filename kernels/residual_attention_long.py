@@ -181,7 +181,7 @@ def residual_attention_long_forward(
 ROWS_RUNTIME = [
     "dy_b", "dy_h", "dy_l", "v_b", "v_h", "v_s", "k_b", "k_h", "k_s", "w_b", "w_h", "w_l", "dw_b", "dw_h", "dw_l",
     "ds_b", "ds_h", "ds_l", "dq_b", "dq_h", "dq_l",
-    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "threshold", "keep_scale",
+    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "keep_scale",
 ]  # fmt: skip
 
 
@@ -194,9 +194,7 @@ def residual_attention_long_backward_rows(
     weights,
     dweights,
     drow_sum,
-    seed,
     ds,
-    dropped,
     dbias,
     dq,
     dy_b: "i64",
@@ -227,7 +225,6 @@ def residual_attention_long_backward_rows(
     OUTER_H: "i32",
     GROUP_H: "i32",
     scale: "fp32",
-    threshold: "u32",
     keep_scale: "fp32",
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -241,6 +238,7 @@ def residual_attention_long_backward_rows(
     READABLE_V: tl.constexpr,
     READABLE_K: tl.constexpr,
     DIVIDED: tl.constexpr,
+    DROPPED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -249,7 +247,7 @@ def residual_attention_long_backward_rows(
     BLOCK_DK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS, the surviving weights and dbias, whichever is not None; dq is None: it is a product with dS.
+    """dS and dbias, whichever is not None; dq is None: it is a product with dS.
 
     The first pass finds rowsum(P * dP), the second dS.
     """
@@ -268,9 +266,8 @@ def residual_attention_long_backward_rows(
     v = group_start(v, group, GROUP_H, v_b, v_h, V_LAYOUT)
     v_step = row_stride(v_s, V_LAYOUT)
     columns = tl.arange(0, WIDTH)
-    if seed is not None or drow_sum is not None:
-        row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
     if drow_sum is not None:
+        row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
         drow_sum = tl.load(drow_sum + row, mask=inside, other=0.0)[:, None]
     if dweights is not None:
         # Where images or heads share the map, its gradient enters once.
@@ -279,9 +276,6 @@ def residual_attention_long_backward_rows(
         owner = inside & (first_b | (dw_b != 0)) & (first_h | (dw_h != 0))
         dweights = group_start(dweights, group, GROUP_H, dw_b, dw_h, DW_LAYOUT)
         dweights = row_pointers(dweights, at, first, dw_b, dw_h, dw_l, DW_LAYOUT, DIVIDED)
-    if dropped is not None:
-        dropped = group_start(dropped, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
-        dropped = row_pointers(dropped, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
     if ds is not None:
         ds = group_start(ds, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
         ds = row_pointers(ds, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
@@ -304,9 +298,9 @@ def residual_attention_long_backward_rows(
             )[0]  # fmt: skip
             if drow_sum is not None:
                 x += drow_sum
-            if seed is not None:
-                survives = keep(seed, row, threshold, start, WIDTH)
-                x = tl.where(survives, x * keep_scale, 0.0)
+            if DROPPED:
+                x = tl.where(p > 0.0, x * keep_scale, 0.0)
+                p = tl.abs(p)
             if dweights is not None:
                 x += load_block(dweights + start, owner, columns[None, :], S - start, False)
             if second_pass == 0:
@@ -315,10 +309,6 @@ def residual_attention_long_backward_rows(
             else:
                 mask = inside[:, None] & (columns < PITCH - start)[None, :]
                 x = p * inverse[:, None] * (x - (delta * inverse)[:, None])
-                if seed is not None:
-                    if dropped is not None:
-                        p = tl.where(survives, p, 0.0)
-                        tl.store(dropped + start + columns[None, :], p.to(dropped.dtype.element_ty), mask=mask)
                 if dbias is not None:
                     if BIAS_BY_ROW:
                         tl.store(dbias + start + columns[None, :], x, mask=mask)

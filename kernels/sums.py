@@ -4,6 +4,7 @@ The gradient of a shared operand is a sum over images. A product whose result ha
 summation, whose float32 results are added from the first to the last: no atomics, the same bits in any block order.
 """
 
+from dataclasses import dataclass
 from math import gcd
 
 import torch
@@ -44,9 +45,13 @@ def add_products(
     MS: tl.constexpr,
     NS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SURVIVORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc plus the products of the steps begin to end, each BLOCK_K long; the blocks of acc are those of MS by NS."""
+    """acc plus the products of the steps begin to end, each BLOCK_K long; the blocks of acc are those of MS by NS.
+
+    SURVIVORS: negative elements of A count as 0.
+    """
     CHUNKS = tl.cdiv(K, BLOCK_K)
     a_row, b_k = row_stride(a_row, A_LAYOUT), row_stride(b_k, B_LAYOUT)
     for step in tl.range(begin, end):
@@ -62,6 +67,8 @@ def add_products(
             if TRANSPOSED:
                 a_rows = a_image + k.to(tl.int64)[:, None] * a_row
                 a_tile = tl.load(a_rows + m[None, :], mask=inside & (m < A_COLUMNS)[None, :], other=0.0).T
+                if SURVIVORS:
+                    a_tile = tl.maximum(a_tile, 0.0).to(a.dtype.element_ty)
             else:
                 a_rows = a_image + m.to(tl.int64)[:, None] * a_row
                 a_tile = tl.load(a_rows + k[None, :], mask=(m < M)[:, None] & (k < A_COLUMNS)[None, :], other=0.0)
@@ -125,6 +132,8 @@ def residual_attention_summed_product(
     NS: tl.constexpr,
     UNIT: tl.constexpr,
     UNIT2: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    SURVIVORS2: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -152,7 +161,7 @@ def residual_attention_summed_product(
     columns = A_COLUMNS // UNIT * UNIT
     acc = add_products(
         acc, a, b, a_b, a_h, a_row, b_b, b_h, b_k, first_b, first_h, first_m, first_n, begin, end,
-        M, K, columns, OUTER_H, N, TRANSPOSED, A_LAYOUT, B_LAYOUT, MS, NS, BLOCK_K, PRECISION,
+        M, K, columns, OUTER_H, N, TRANSPOSED, A_LAYOUT, B_LAYOUT, MS, NS, BLOCK_K, SURVIVORS, PRECISION,
     )  # fmt: skip
     if a2 is not None:
         scaled = ()
@@ -161,7 +170,7 @@ def residual_attention_summed_product(
         columns = A2_COLUMNS // UNIT2 * UNIT2
         acc = add_products(
             scaled, a2, b2, a2_b, a2_h, a2_row, b2_b, b2_h, b2_k, first_b, first_h, first_m, first_n, begin, end,
-            M, K, columns, OUTER_H, N, TRANSPOSED, A2_LAYOUT, B2_LAYOUT, MS, NS, BLOCK_K, PRECISION,
+            M, K, columns, OUTER_H, N, TRANSPOSED, A2_LAYOUT, B2_LAYOUT, MS, NS, BLOCK_K, SURVIVORS2, PRECISION,
         )  # fmt: skip
 
     c += first_b.to(tl.int64) * c_b + first_h.to(tl.int64) * c_h
@@ -207,13 +216,12 @@ def residual_attention_summed_rows(
     ROWS: "i32",
     COLUMNS: "i32",
     SPLITS: "i32",
-    SUM_COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Sums of rows of x (B, H, L, COLUMNS) over the batch axes that are not kept, a share of them for each split.
 
-    partial: (splits, ROWS, COLUMNS) for the ROWS kept rows; with SUM_COLUMNS (splits * column tiles, ROWS).
+    partial: (splits, ROWS, COLUMNS) for the ROWS kept rows.
     """
     tiles_c = tl.cdiv(COLUMNS, BLOCK_C)
     at = tl.program_id(0)
@@ -233,37 +241,42 @@ def residual_attention_summed_rows(
         mask = (r < end)[:, None] & (cols < COLUMNS)[None, :]
         tile_x = tl.load(x + offset[:, None] + cols[None, :], mask=mask, other=0.0)  # [BLOCK_R, BLOCK_C]
         acc += tl.sum(tile_x.to(tl.float32), 0)
-    if SUM_COLUMNS:
-        tl.store(partial + (split * tiles_c + tile).to(tl.int64) * ROWS + row, tl.sum(acc, 0))
-    else:
-        tl.store(partial + (split.to(tl.int64) * ROWS + row) * COLUMNS + cols, acc, mask=cols < COLUMNS)
+    tl.store(partial + (split.to(tl.int64) * ROWS + row) * COLUMNS + cols, acc, mask=cols < COLUMNS)
 
 
 
 BLOCK_R, BLOCK_C, BLOCK_SUM = 16, 128, 256
 
 
+@dataclass(frozen=True)
+class Term:
+    """alpha * A B. columns: how many of A's may be read: those beyond K are 0. survivors: A without its negative entries."""
+
+    a: Tensor | None
+    b: Tensor | None
+    alpha: float
+    columns: int
+    survivors: bool = False
+
+
 def plan_products(
-    terms: list[tuple[Tensor, Tensor, float]],
+    terms: list[Term],
     out: Tensor,
     *,
     transposed: bool,
-    columns: tuple[int, ...],
     extra: Tensor | None,
     precision: str,
     target: Target,
 ) -> list[Launch]:
-    """The launches that fill out (B or 1, H or 1, M, N) with the sum of alpha * A B over the terms (A, B, alpha).
+    """The launches that fill out (B or 1, H or 1, M, N) with the sum of one or two terms.
 
     A: (B, H, M, K) or, transposed, (B, H, K, M); B: (B or 1, H or 1, K, N). The batch axes that ``out`` has as 1 are
-    summed. columns: of each A, how many may be read: those beyond K are 0. extra: (B, H, M, N), summed in the same way
+    summed. extra: (B, H, M, N), summed in the same way
     and added.
     """
-    (a, b, alpha), *rest = terms
-    between, a2, b2 = 1.0, None, None
-    if rest:
-        ((a2, b2, alpha2),) = rest
-        between, alpha = alpha / alpha2, alpha2
+    first, second = terms[0], terms[1] if len(terms) == 2 else Term(None, None, 1.0, 16)
+    a, b, a2, b2 = first.a, first.b, second.a, second.b
+    between, alpha = (1.0, first.alpha) if a2 is None else (first.alpha / second.alpha, second.alpha)
     images, heads = a.shape[:2]
     kept_b, kept_h = out.shape[0] == images, out.shape[1] == heads
     rows, width = out.shape[2:]
@@ -285,7 +298,7 @@ def plan_products(
     partial = out.new_empty((parts if parts > 1 else 0, out.numel()), dtype=torch.float32)
     arguments = {
         "a": a, "b": b, "a2": a2, "b2": b2, "c": out, "partial": partial, **steps,
-        "M": rows, "K": depth, "A_COLUMNS": columns[0], "A2_COLUMNS": columns[-1], "OUTER": outer, "OUTER_H": outer_h,
+        "M": rows, "K": depth, "A_COLUMNS": first.columns, "A2_COLUMNS": second.columns, "OUTER": outer, "OUTER_H": outer_h,
         "GROUPS": groups, "GROUP_H": heads if kept_h else 1, "SPLITS": splits, "TO_PARTIAL": int(parts > 1),
         "between": between, "alpha": alpha,
     }  # fmt: skip
@@ -298,8 +311,10 @@ def plan_products(
         "B2_LAYOUT": layout(b2),
         "MS": (tile.ms,),
         "NS": (tile.ns,),
-        "UNIT": gcd(16, columns[0]),
-        "UNIT2": gcd(16, columns[-1]),
+        "UNIT": gcd(16, first.columns),
+        "UNIT2": gcd(16, second.columns),
+        "SURVIVORS": first.survivors,
+        "SURVIVORS2": second.survivors,
         "BLOCK_K": tile.depth,
         "PRECISION": precision,
     }
@@ -320,10 +335,8 @@ def _splits(tiles: int, steps: int, *, least: int) -> int:
 
 
 def plan_sum(x: Tensor, columns: int, out: Tensor) -> list[Launch]:
-    """The launches that fill ``out`` with x (B, H, L, at least ``columns``) summed over the axes that it has as 1."""
-    splits = _row_splits(x, out)
-    parts = splits * (triton.cdiv(columns, BLOCK_C) if out.shape[3] < columns else 1)
-    partial = out.new_empty((parts, out.numel()), dtype=torch.float32)
+    """The launches that fill out (., ., ., columns) with x (B, H, L, at least columns), summed over the axes it has as 1."""
+    partial = out.new_empty((_row_splits(x, out), out.numel()), dtype=torch.float32)
     return [_plan_rows(x, columns, out, partial), _ordered_sum(partial, out)]
 
 
@@ -342,7 +355,7 @@ def _plan_rows(x: Tensor, columns: int, out: Tensor, partial: Tensor) -> Launch:
         "SUMMED": summed[0] * summed[1] * summed[2], "SUMMED_H": summed[1], "SUMMED_L": summed[2],
         "ROWS": rows, "COLUMNS": columns, "SPLITS": splits,
     }  # fmt: skip
-    constants = {"SUM_COLUMNS": out.shape[3] < columns, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    constants = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
     grid = rows * splits * triton.cdiv(columns, BLOCK_C)
     return Launch(residual_attention_summed_rows, grid, arguments, constants, {"num_warps": 4, "num_stages": 2})
 
