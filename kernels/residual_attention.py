@@ -91,10 +91,10 @@ def backward(
         launches += plan_signed_map(weights, seed, signed, columns, threshold)
         weights = signed
     in_rows = need_query and query.shape[:2] == scores[:2] and columns <= tiles.WHOLE
-    need_scores = need_key or (need_query and not in_rows)
+    need_scores = need_key or need_bias or (need_query and not in_rows)
     grad_scores = query.new_empty(scratch) if need_scores else None
-    if in_rows or need_scores or need_bias:
-        rows, bias_sums = plan_rows(
+    if in_rows or need_scores:
+        launches += plan_rows(
             scores,
             grad_y,
             key,
@@ -104,17 +104,14 @@ def backward(
             None if grad_row_sum is None else grad_row_sum.contiguous(),
             grad_scores,
             grad_query if in_rows else None,
-            attn_bias if need_bias else None,
             scale=scale,
             keep_scale=None if seed is None else keep_scale,
             residual_is_query=residual_is_query,
             precision=precision,
             target=target,
         )
-        launches += rows
-        if bias_sums is not None:
-            launches += plan_sum(bias_sums, columns, grad_bias)
-
+    if need_bias:
+        launches += plan_sum(grad_scores, columns, grad_bias)
     value_term = Term(weights.expand(*scores[:3], -1), grad_y, keep_scale, weights.shape[3], seed is not None)
     if need_query and not in_rows:
         term = Term(grad_scores, key, scale, scratch[3])

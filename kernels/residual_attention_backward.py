@@ -1,6 +1,5 @@
 """The backward of residual attention, row by row: the forward with the roles exchanged, on the map that it kept."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,7 +83,6 @@ def residual_attention_backward_rows(
     dweights,
     drow_sum,
     ds,
-    dbias,
     dq,
     dy_b: "i64",
     dy_h: "i64",
@@ -129,18 +127,16 @@ def residual_attention_backward_rows(
     DIVIDED: tl.constexpr,
     DROPPED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
     BLOCK_L: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_DK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS (B, H, L, pitch), dbias, and dQ, whichever is not None. With DROPPED the signs of the map are its dropout mask.
+    """dS (B, H, L, pitch) and dQ, whichever is not None. With DROPPED the signs of the map are its dropout mask.
 
     dP = (dY V^T + drow_sum) * M + dmap, dS = P * (dP - rowsum(P * dP)), dQ = scale * dS K. The rows of the map that was
     kept sum to 1 up to its rounding: P is divided by their sum, so that the rows of dS sum to 0 as they must.
-    dbias: dS in float32, in the layout of dS where BIAS_BY_ROW, else its column sums over each tile, (programs, pitch).
     """
     TILES = tl.cdiv(ROWS, BLOCK_L)
     group = tl.program_id(0) // TILES
@@ -165,12 +161,6 @@ def residual_attention_backward_rows(
     if ds is not None:
         ds = group_start(ds, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
         ds = row_pointers(ds, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
-    if dbias is not None:
-        if BIAS_BY_ROW:
-            dbias = group_start(dbias, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
-            dbias = row_pointers(dbias, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
-        else:
-            dbias += tl.program_id(0).to(tl.int64) * sum_of(GROUPS)
 
     # With several column groups dP waits for its row sum in the keys' dtype.
     dp = ()
@@ -205,18 +195,11 @@ def residual_attention_backward_rows(
     for g in tl.static_range(len(GROUPS)):
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
-            columns = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])
-            cols = columns[None, :]
+            cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
             p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j))
             if DROPPED:
                 p = tl.abs(p)
-            x = p * inverse * (dp[g][j].to(tl.float32) - delta)
-            if dbias is not None:
-                if BIAS_BY_ROW:
-                    tl.store(dbias + cols, x, mask=inside[:, None])
-                else:
-                    tl.store(dbias + columns, tl.sum(x, 0))
-            x = x.to(v.dtype.element_ty)
+            x = (p * inverse * (dp[g][j].to(tl.float32) - delta)).to(v.dtype.element_ty)
             if ds is not None:
                 tl.store(ds + cols, x, mask=inside[:, None])
             blocks = blocks + (x,)
@@ -253,36 +236,26 @@ def plan_rows(
     grad_row_sum: Tensor | None,
     grad_scores: Tensor | None,
     grad_query: Tensor | None,
-    attn_bias: Tensor | None,
     *,
     scale: float,
     keep_scale: float | None,
     residual_is_query: bool,
     precision: str,
     target: Target,
-) -> tuple[list[Launch], Tensor | None]:
+) -> list[Launch]:
     """The launches that fill grad_scores (B, H, L, pitch) and grad_query; None for what nobody needs.
 
-    grad_row_sum: (B, H, L), contiguous. attn_bias: if its gradient is needed. keep_scale: of a dropped map, whose
-    signs are its mask; else None. The pitch holds all columns of the tile's
-    blocks; those beyond S become 0. Also returns dS, or its sums over tiles, in float32 (., ., ., pitch), whose sum to
-    the bias's shape is the bias's gradient.
+    grad_row_sum: (B, H, L), contiguous. keep_scale: of a dropped map, whose signs are its mask; else None. The pitch
+    holds all columns of the tile's blocks; those beyond S become 0.
     """
     tile = tiles.backward(target, key.dtype, scores[3])
-    scratch = grad_y.new_empty((*scores[:3], tiles.pitch(scores[3])), device="meta")
-    rows = Rows(scores, keys=(key, value), rows=(grad_y, weights, grad_weights, scratch, grad_query))
-    grid = rows.groups * triton.cdiv(rows.length, tile.rows)
-    grad_bias, by_row = None, False
-    if attn_bias is not None:
-        by_row = not rows.share(attn_bias)
-        shape = scores[:3] if by_row else (*rows.batch, grid // rows.groups)
-        grad_bias = grad_y.new_empty((*shape, tiles.pitch(scores[3])), dtype=torch.float32)
+    rows = Rows(scores, keys=(key, value), rows=(grad_y, weights, grad_weights, grad_scores, grad_query))
     arguments = {
         "dy": grad_y, "v": value, "k": key, "weights": weights, "dweights": grad_weights, "drow_sum": grad_row_sum,
-        "ds": grad_scores, "dbias": grad_bias, "dq": grad_query,
+        "ds": grad_scores, "dq": grad_query,
         **rows.strides(grad_y, "dy_b dy_h dy_l"), **strides(value, "v_b v_h v_s"), **strides(key, "k_b k_h k_s"),
         **rows.strides(weights, "w_b w_h w_l"), **rows.strides(grad_weights, "dw_b dw_h dw_l"),
-        **rows.strides(scratch, "ds_b ds_h ds_l"), **rows.strides(grad_query, "dq_b dq_h dq_l"), **rows.arguments,
+        **rows.strides(grad_scores, "ds_b ds_h ds_l"), **rows.strides(grad_query, "dq_b dq_h dq_l"), **rows.arguments,
         "S": scores[3], "scale": scale, "keep_scale": 1.0 if keep_scale is None else keep_scale,
     }  # fmt: skip
     constants = {
@@ -293,21 +266,21 @@ def plan_rows(
         "K_LAYOUT": layout(key),
         "W_LAYOUT": layout(weights),
         "DW_LAYOUT": layout(grad_weights),
-        "DS_LAYOUT": layout(scratch),
+        "DS_LAYOUT": layout(grad_scores),
         "DQ_LAYOUT": layout(grad_query),
         "READABLE_V": readable_width(value),
         "READABLE_K": readable_width(key),
         "DIVIDED": rows.divided,
         "DROPPED": keep_scale is not None,
         "QUERY_IS_RESIDUAL": residual_is_query,
-        "BIAS_BY_ROW": by_row,
         "BLOCK_L": tile.rows,
         "GROUPS": tile.groups,
         "BLOCK_DV": tile.inner,
         "BLOCK_DK": tile.chunk,
         "PRECISION": precision,
     }
+    grid = rows.groups * triton.cdiv(rows.length, tile.rows)
     kernel = residual_attention_backward_rows
     if tile.columns < scores[3]:
         kernel = residual_attention_long_backward_rows
-    return [Launch(kernel, grid, arguments, constants, tile.options)], grad_bias
+    return [Launch(kernel, grid, arguments, constants, tile.options)]

@@ -195,7 +195,6 @@ def residual_attention_long_backward_rows(
     dweights,
     drow_sum,
     ds,
-    dbias,
     dq,
     dy_b: "i64",
     dy_h: "i64",
@@ -240,14 +239,13 @@ def residual_attention_long_backward_rows(
     DIVIDED: tl.constexpr,
     DROPPED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
     BLOCK_L: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_DK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS and dbias, whichever is not None; dq is None: it is a product with dS.
+    """dS (B, H, L, pitch). dq is None: it is a product with dS.
 
     The first pass finds rowsum(P * dP), the second dS.
     """
@@ -276,15 +274,8 @@ def residual_attention_long_backward_rows(
         owner = inside & (first_b | (dw_b != 0)) & (first_h | (dw_h != 0))
         dweights = group_start(dweights, group, GROUP_H, dw_b, dw_h, DW_LAYOUT)
         dweights = row_pointers(dweights, at, first, dw_b, dw_h, dw_l, DW_LAYOUT, DIVIDED)
-    if ds is not None:
-        ds = group_start(ds, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
-        ds = row_pointers(ds, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
-    if dbias is not None:
-        if BIAS_BY_ROW:
-            dbias = group_start(dbias, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
-            dbias = row_pointers(dbias, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
-        else:
-            dbias += tl.program_id(0).to(tl.int64) * PITCH
+    ds = group_start(ds, group, GROUP_H, ds_b, ds_h, DS_LAYOUT)
+    ds = row_pointers(ds, at, first, ds_b, ds_h, ds_l, DS_LAYOUT, DIVIDED)
 
     delta = tl.zeros((BLOCK_L,), tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
@@ -309,10 +300,4 @@ def residual_attention_long_backward_rows(
             else:
                 mask = inside[:, None] & (columns < PITCH - start)[None, :]
                 x = p * inverse[:, None] * (x - (delta * inverse)[:, None])
-                if dbias is not None:
-                    if BIAS_BY_ROW:
-                        tl.store(dbias + start + columns[None, :], x, mask=mask)
-                    else:
-                        tl.store(dbias + start + columns, tl.sum(x, 0), mask=columns < PITCH - start)
-                if ds is not None:
-                    tl.store(ds + start + columns[None, :], x.to(ds.dtype.element_ty), mask=mask)
+                tl.store(ds + start + columns[None, :], x.to(ds.dtype.element_ty), mask=mask)
