@@ -109,7 +109,6 @@ def residual_attention_long_forward(
     q = group_start(q, group, GROUP_H, q_b, q_h, Q_LAYOUT)
     q = row_pointers(q, at, first, q_b, q_h, q_l, Q_LAYOUT, DIVIDED)
     k_step, v_step = row_stride(k_s, K_LAYOUT), row_stride(v_s, V_LAYOUT)
-    block_bias = None
     if bias is not None:
         bias = group_start(bias, group, GROUP_H, bias_b, bias_h, BIAS_LAYOUT)
         if BIAS_BY_ROW:
@@ -130,9 +129,10 @@ def residual_attention_long_forward(
         products = row_products(
             q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION
         )
-        if bias is not None:
-            block_bias = bias + start * bias_s
-        x = scaled_scores(products, inside, block_bias, bias_s, scale, S - start, GROUPS, 0, BIAS_BY_ROW, UNIT_BIAS)[0]
+        x = scaled_scores(
+            products, inside, bias if bias is None else bias + start * bias_s,
+            bias_s, scale, S - start, GROUPS, 0, BIAS_BY_ROW, UNIT_BIAS,
+        )[0]  # fmt: skip
         higher = tl.maximum(top, tl.max(x, 1))
         reference = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(x - reference[:, None]), 1)
@@ -147,9 +147,10 @@ def residual_attention_long_forward(
         products = row_products(
             q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION
         )
-        if bias is not None:
-            block_bias = bias + start * bias_s
-        x = scaled_scores(products, inside, block_bias, bias_s, scale, S - start, GROUPS, 0, BIAS_BY_ROW, UNIT_BIAS)[0]
+        x = scaled_scores(
+            products, inside, bias if bias is None else bias + start * bias_s,
+            bias_s, scale, S - start, GROUPS, 0, BIAS_BY_ROW, UNIT_BIAS,
+        )[0]  # fmt: skip
         p = tl.exp2(x - reference) * inverse  # [BLOCK_L, WIDTH]
         if weights is not None:
             columns = tl.arange(0, WIDTH)[None, :]

@@ -291,7 +291,7 @@ def plan_products(
     if transposed and not kept_b and heads == 1 and _follow(images, depth, a, b, a2, b2):  # all images' rows are one axis
         depth, outer = images * depth, 1
         steps |= dict.fromkeys(("a_b", "b_b", "a2_b", "b2_b"), 0)
-    tile = tiles.product(rows if transposed else None, width)
+    tile = tiles.product(out.dtype, rows if transposed else None, width)
     count = groups * triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
     splits = _splits(count, outer * triton.cdiv(depth, tile.depth), least=8)
     parts = splits + (0 if extra is None else _row_splits(extra, out))

@@ -1,4 +1,10 @@
-"""The static table of tile sizes."""
+"""The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of every entry.
+
+What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of weights in 16 bits. Rows of more
+than 128 columns are computed in column groups, which leaves fewer float32 scores alive at a time; blocks of at most 64
+columns keep the loads of rows, which are 4-byte aligned at odd multiples of 2, apart from those of padded keys. No entry
+needs more than 99 KiB of shared memory, so that all GPUs from sm_80 up take the same table, but for scores on sm_90.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,9 @@ import torch
 from bda_fused.kernels.launch import KIB, Target
 
 Groups = tuple[tuple[int, ...], ...]
+
+# The longest score row that is held whole.
+WHOLE = 512
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Tile:
     inner: int
     chunk: int
     warps: int
-    stages: int
+    stages: int = 2
 
     @property
     def columns(self) -> int:
@@ -34,33 +43,60 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def blocks(columns: int) -> tuple[int, ...]:
-    """The widths, powers of two of at least 16 and the widest first, that hold so many columns."""
-    rest = -(-columns // 16) * 16
-    return tuple(1 << bit for bit in reversed(range(4, 10)) if rest & (1 << bit))
+def pitch(columns: int) -> int:
+    """The row pitch of scratch in which all blocks of a score row have room."""
+    return -(-columns // 16) * 16
 
 
-def split(columns: int, groups: int) -> Groups:
-    """The blocks of ``columns`` in so many groups of like width."""
-    units = -(-columns // 16)
-    sizes = [units // groups + (index < units % groups) for index in range(groups)]
-    return tuple(blocks(16 * size) for size in sizes)
+def split(columns: int, groups: int, widest: int) -> Groups:
+    """The blocks of ``columns``, powers of two of 16 to ``widest``, in so many groups of like width."""
+    units = pitch(columns) // 16
+    sizes = [16 * (units // groups + (index < units % groups)) for index in range(groups)]
+    return tuple(_blocks(size, widest) for size in sizes)
 
 
-# The longest score row that is held whole.
-WHOLE = 512
+def _blocks(columns: int, widest: int) -> tuple[int, ...]:
+    rest = columns % widest
+    tail = tuple(1 << bit for bit in reversed(range(4, widest.bit_length())) if rest & (1 << bit))
+    return (widest,) * (columns // widest) + tail
 
 
-def forward(target: Target, dtype: torch.dtype, columns: int) -> Tile:
+def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) -> Tile:
+    """The tile of the forward for score rows of so many columns."""
     if columns > WHOLE:
-        return Tile(64, ((64,),), 32, 64, 4, 2)
-    return Tile(64, split(columns, 1 if columns <= 128 else 2), 32, 32, 4, 2)
+        return Tile(64, ((64,),), 32, 64, 4)
+    if dtype == torch.float32:
+        return _single_precision(columns)
+    if columns <= 128:
+        return Tile(128, split(columns, 1, 64), 32, 32, 4)
+    if columns <= 224:
+        return Tile(128, split(columns, 2, 64), 32, 32, 8)
+    if columns <= 320:
+        step = 16 if dropped else 32
+        return Tile(128, split(columns, 2, 64), step, step, 8)
+    return Tile(64, split(columns, 4, 32), 16, 16, 4)
 
 
-def backward(target: Target, dtype: torch.dtype, columns: int) -> Tile:
+def backward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) -> Tile:
+    """The tile of the backward's row kernel for score rows of so many columns."""
     if columns > WHOLE:
-        return Tile(64, ((64,),), 32, 32, 4, 2)
-    return Tile(64, split(columns, 1 if columns <= 128 else 2), 32, 32, 4, 2)
+        return Tile(64, ((64,),), 32, 32, 4)
+    if dtype == torch.float32:
+        return _single_precision(columns)
+    if columns <= 128:
+        return Tile(128, split(columns, 1, 64), 32, 32, 8)
+    if columns <= 224:
+        return Tile(128, split(columns, 2, 64), 32, 32, 8)
+    if columns <= 320:
+        return Tile(128, split(columns, 4, 32), 32, 32, 8)
+    return Tile(64, split(columns, 6, 32), 16, 16, 4)
+
+
+def _single_precision(columns: int) -> Tile:
+    """float32 weights take twice the registers, and three TF32 products hold both halves of their operands."""
+    if columns <= 128:
+        return Tile(64, split(columns, 1, 64), 32, 32, 4)
+    return Tile(32, split(columns, -(-columns // 64), 64), 32, 32, 4)
 
 
 @dataclass(frozen=True)
@@ -71,7 +107,7 @@ class ProductTile:
     ns: tuple[int, ...]
     depth: int
     warps: int
-    stages: int
+    stages: int = 2
 
     @property
     def rows(self) -> int:
@@ -86,10 +122,14 @@ class ProductTile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def product(rows: int | None, width: int) -> ProductTile:
-    return ProductTile((64,), (64,), 32, 4, 2)
+def product(dtype: torch.dtype, rows: int | None, width: int) -> ProductTile:
+    """The tile of a long product with a result of (rows, width); rows None where they must not be compiled in."""
+    most = 64 if dtype == torch.float32 else 128
+    ms = (64,) if rows is None else _even(rows, most)
+    return ProductTile(ms, _even(width, most), 32, 8)
 
 
-def pitch(columns: int) -> int:
-    """The row pitch of scratch in which all blocks of a score row have room."""
-    return -(-columns // 16) * 16
+def _even(size: int, most: int) -> tuple[int, ...]:
+    """The blocks of one of the tiles of like size, none above ``most``, that cover ``size``."""
+    count = -(-pitch(size) // most)
+    return _blocks(pitch(-(-size // count)), 64)

@@ -1,0 +1,150 @@
+"""The Triton kernels: interpreted, compiled ahead of time, executed in the PTX simulator, and on a GPU where there is one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bda_fused import functional as F
+from bda_fused.backends import triton as backend
+from bda_fused.kernels import tiles
+from bda_fused.kernels.launch import KIB, Launch, Target, layout, readable_width
+from tests.attention_cases import CASES, check
+from tests.simulated_kernels import SM80, simulated
+
+ROOT = Path(__file__).parent.parent
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def test_under_the_interpreter():
+    """interpreted_kernels.py in a process of its own: the interpreter replaces the kernels when they are imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_kernels.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 80
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_form(name):
+    """Every form through the public function, forward and backward, as sm_80 PTX in the simulator: no fault."""
+    with simulated() as reports:
+        check(CASES[name], torch.bfloat16, backend="triton")
+    assert reports
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_form_in_other_dtypes(name, dtype):
+    with simulated():
+        check(CASES[name], dtype, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", CASES)
+def test_form_on_a_gpu(name, dtype):
+    check(CASES[name], dtype, backend="triton", device="cuda")
+
+
+def train(batch, *, attributes=21, regions=6, dim=20, dropout_p=0.0):
+    """One step of SSA with a key bias, and of VSA, for so many images."""
+    leaves = [torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in
+              ((batch, regions, dim), (attributes, dim), (attributes, dim))]  # fmt: skip
+    bias = torch.randn(attributes, requires_grad=True)
+    refined = F.ssa(leaves[0], leaves[1], leaves[2], leaves[0], attn_bias=bias, dropout_p=dropout_p, backend="triton")
+    y = F.vsa(leaves[1], refined, refined, leaves[2], backend="triton")
+    return torch.autograd.grad(y.sin().sum(), [*leaves, bias])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_no_batch_size_compiles_anything_anew(dropout_p, monkeypatch):
+    """What the compiler sees of the launches of a training step is the same for one image and for eight."""
+    monkeypatch.setattr(backend, "can_run", lambda problem: None)
+    seen = []
+    monkeypatch.setattr(Launch, "run", lambda launch: seen.append(launch))
+    keys = []
+    for batch in range(1, 9):
+        seen.clear()
+        train(batch, dropout_p=dropout_p)
+        keys.append({(launch.kernel.__name__, repr(launch.specialization()), repr(launch.options)) for launch in seen})
+    assert set.union(*keys) == keys[-1]
+    names = [name for name, *_ in keys[-1]]
+    assert len(names) <= len(set(names)) + 5, "one kernel for SSA and one for VSA at most"
+
+
+def test_results_do_not_depend_on_the_order_of_blocks():
+    """Partial sums, ordered sums and the bias gradient are bit-identical however the simulator shuffles the blocks."""
+    results = []
+    for seed in (0, 1, 2):
+        torch.manual_seed(5)
+        with simulated(seed=seed) as reports:
+            results.append(train(48, attributes=21, regions=30, dropout_p=0.2))
+    assert any(name == "residual_attention_ordered_sum" for name, _ in reports)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("columns", [1, 16, 49, 85, 102, 128, 196, 224, 312, 320, 400, 512])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_blocks_hold_a_score_row_and_nothing_to_spare(columns, dtype, dropped):
+    for choose in (tiles.forward, tiles.backward):
+        tile = choose(SM80, dtype, columns, dropped=dropped)
+        assert tile.columns == tiles.pitch(columns) < columns + 16
+        assert all(width >= 16 and width & (width - 1) == 0 for group in tile.groups for width in group)
+        assert tile.rows >= 16
+
+
+def test_what_is_compiled_in_of_strides():
+    packed = torch.empty(2, 1, 5, 350)
+    assert layout(packed) == (2, 350)
+    assert readable_width(packed) == 350
+    padded = torch.empty(2, 1, 5, 352)[..., :350]
+    assert layout(padded) == (16, 352)
+    assert readable_width(padded) == 352
+    assert readable_width(torch.empty(5 * 352 - 2).as_strided((1, 1, 5, 350), (0, 0, 352, 1))) == 350, "it ends early"
+    assert layout(torch.empty(5, 2, 1, 350).permute(1, 2, 0, 3)) == (4, 0)
+    assert layout(packed.expand(2, 3, 5, 350)) == (2, 350)
+
+
+def test_offsets_past_the_32_bit_range_are_computed_in_64_bits():
+    """The operands of a group begin at 64-bit offsets, so only a distance within a tile must fit into 32 bits."""
+    from bda_fused.kernels.launch import Rows
+
+    huge = torch.empty(3, 1, 2**20, 2048, device="meta")
+    rows = Rows((3, 1, 2**20, 64), keys=(torch.empty(1, 1, 64, 2048, device="meta"),), rows=(huge,))
+    assert not rows.divided
+    assert rows.length == 3 * 2**20
+    assert rows.strides(huge, "b h l") == {"b": 0, "h": 0, "l": 2048}
+
+
+def test_every_capability_has_a_tile_within_its_shared_memory():
+    """docs/gpu_resources.md has the bytes of every entry: none above 99 KiB, what sm_86, sm_89 and sm_120 have."""
+    rows = [line.split("|") for line in (ROOT / "docs/gpu_resources.md").read_text().splitlines() if "| sm_" in line]
+    assert {row[1].strip() for row in rows} == {"sm_80", "sm_90", "sm_100", "sm_120"}
+    for row in rows:
+        assert float(row[-3]) <= 99, row
+
+
+def test_refuses_old_gpus_and_other_devices_in_one_sentence(monkeypatch):
+    from bda_fused.backends.problem import Problem
+
+    problem = Problem((1, 1, 2, 3), torch.float32, torch.float32, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.can_run(problem) == "the triton backend needs an NVIDIA GPU and torch finds none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backend.can_run(problem) == (
+        "the triton backend needs a GPU of compute capability 8.0 or newer, cuda:0 has 7.5"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert backend.can_run(problem) is None
+    many = Problem((2**16, 1, 2**15, 3), torch.float32, torch.float32, torch.device("cuda", 0))
+    assert backend.can_run(many) == f"the triton backend takes fewer than 2**31 query rows, got {2**31}"
+    assert Target(90, 227 * KIB) != SM80
