@@ -11,7 +11,8 @@ dropout. The forward returns
 
     y        (B, H, L, Dv)
     weights  the softmax before dropout, (b, h, L, S) in the value's dtype, where b and h are the broadcast of query,
-             key and attn_bias alone; shape (0,) unless it is asked for or a gradient is and the backend keeps it
+             key and attn_bias alone; shape (0,) unless it is asked for or a gradient is and the backend keeps it (then
+             in rows of the backend's pitch)
     row_sum  (B, H, L), the row sums of M * weights, float32 or float64; shape (0,) unless asked for
     lse      (b, h, L), the log-sum-exp of the scores, where a gradient is asked for and the backend recomputes the
              weights; else (0,)
@@ -29,7 +30,7 @@ from torch import Tensor
 from bda_fused import backends
 from bda_fused.backends.problem import Problem
 from bda_fused.numerics import softmax_dtype, without_autocast
-from bda_fused.shapes import batch_of
+from bda_fused.shapes import batch_of, padded_rows
 
 _library = torch.library.Library("bda_fused", "DEF")
 _library.define(
@@ -106,14 +107,18 @@ def _forward_fake(
     value = key if value is None else value
     residual = query if residual_is_query else residual
     problem = Problem.of(query, key, value, residual, attn_bias)
-    keeps = backends.select(problem, backend).KEEPS_WEIGHTS
+    chosen = backends.select(problem, backend)
+    keeps = chosen.KEEPS_WEIGHTS
+    pitch = chosen.WEIGHTS_PITCH if keeps and not need_weights else 1
     scored = [query, key] if attn_bias is None else [query, key, attn_bias]
     batch = batch_of(*scored)
     *outer, rows, keys = problem.scores
     statistics = softmax_dtype(problem.dtype)
     return (
         query.new_empty((*outer, rows, value.shape[3]), dtype=problem.result_dtype),
-        value.new_empty((*batch, rows, keys) if need_weights or (need_grad and keeps) else 0),
+        padded_rows(value, (*batch, rows, keys), pitch)
+        if need_weights or (need_grad and keeps)
+        else value.new_empty(0),
         query.new_empty((*outer, rows) if need_row_sum else 0, dtype=statistics),
         query.new_empty((*batch, rows) if need_grad and not keeps else 0, dtype=statistics),
     )

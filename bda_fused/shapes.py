@@ -17,6 +17,12 @@ def batch_of(*operands: Tensor) -> tuple[int, int]:
     return batch, heads
 
 
+def padded_rows(like: Tensor, shape: tuple[int, ...], multiple: int) -> Tensor:
+    """Uninitialised, of ``shape``, in rows whose pitch is the next multiple of so many elements."""
+    *outer, width = shape
+    return like.new_empty((*outer, -(-width // multiple) * multiple))[..., :width]
+
+
 def lift(x: Tensor) -> Tensor:
     """(L, D) and (B, L, D) as (B or 1, 1, L, D)."""
     if x.dim() == 2:

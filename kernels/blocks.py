@@ -277,7 +277,11 @@ def scaled_scores(
 
 
 @triton.jit
-def load_block(x, inside, cols, S, WHOLE: tl.constexpr):
-    """A block of the map or of its gradient, 0 beyond its rows and its S columns: [BLOCK_L, width]."""
-    mask = inside[:, None] if WHOLE else inside[:, None] & (cols < S)
-    return tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
+def load_block(x, inside, cols, S, WHOLE: tl.constexpr, READABLE: tl.constexpr):
+    """A block of the map or of its gradient, 0 beyond its rows and its S columns: float32 [BLOCK_L, width].
+
+    WHOLE: no column is beyond S. READABLE: those that are may be read.
+    """
+    mask = inside[:, None] if WHOLE or READABLE else inside[:, None] & (cols < S)
+    block = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(cols < S, block, 0.0) if READABLE and not WHOLE else block

@@ -36,7 +36,7 @@ def residual_attention_signed_map(
     outer = row // L
     at = outer // H * w_b + outer % H * w_h + (row - outer * L) * w_l
     cols = first + tl.arange(0, BLOCK_C)[None, :]
-    p = load_block(weights + at[:, None], inside, cols, S, False)  # [BLOCK_R, BLOCK_C]
+    p = load_block(weights + at[:, None], inside, cols, S, False, False)  # [BLOCK_R, BLOCK_C]
     p = tl.where(keep(seed, row, threshold, first, BLOCK_C), p, -p)
     mask = inside[:, None] & (cols < PITCH)
     tl.store(signed + row[:, None] * (PITCH // 16 * 16) + cols, p.to(signed.dtype.element_ty), mask=mask)

@@ -124,6 +124,7 @@ def residual_attention_backward_rows(
     DQ_LAYOUT: tl.constexpr,
     READABLE_V: tl.constexpr,
     READABLE_K: tl.constexpr,
+    PADDED_W: tl.constexpr,
     DIVIDED: tl.constexpr,
     DROPPED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
@@ -173,7 +174,7 @@ def residual_attention_backward_rows(
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
             cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
-            p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j))  # [BLOCK_L, width]
+            p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j), PADDED_W)  # [BLOCK_L, width]
             x = products[j]
             if drow_sum is not None:
                 x += drow_sum
@@ -181,7 +182,7 @@ def residual_attention_backward_rows(
                 x = tl.where(p > 0.0, x * keep_scale, 0.0)
                 p = tl.abs(p)
             if dweights is not None:
-                x += load_block(dweights, owner, cols, S, not is_last(GROUPS, g, j))
+                x += load_block(dweights, owner, cols, S, not is_last(GROUPS, g, j), False)
             px_sum, p_sum = row_sums(p * x, p)
             delta += px_sum
             total += p_sum
@@ -196,7 +197,7 @@ def residual_attention_backward_rows(
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
             cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
-            p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j))
+            p = load_block(weights, inside, cols, S, not is_last(GROUPS, g, j), PADDED_W)
             if DROPPED:
                 p = tl.abs(p)
             x = (p * inverse * (dp[g][j].to(tl.float32) - delta)).to(v.dtype.element_ty)
@@ -270,6 +271,7 @@ def plan_rows(
         "DQ_LAYOUT": layout(grad_query),
         "READABLE_V": readable_width(value),
         "READABLE_K": readable_width(key),
+        "PADDED_W": weights.stride(2) >= tile.columns,
         "DIVIDED": rows.divided,
         "DROPPED": keep_scale is not None,
         "QUERY_IS_RESIDUAL": residual_is_query,

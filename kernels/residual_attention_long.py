@@ -237,6 +237,7 @@ def residual_attention_long_backward_rows(
     DQ_LAYOUT: tl.constexpr,
     READABLE_V: tl.constexpr,
     READABLE_K: tl.constexpr,
+    PADDED_W: tl.constexpr,
     DIVIDED: tl.constexpr,
     DROPPED: tl.constexpr,
     QUERY_IS_RESIDUAL: tl.constexpr,
@@ -283,7 +284,7 @@ def residual_attention_long_backward_rows(
     for second_pass in tl.static_range(2):
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         for start in tl.range(0, S, WIDTH):
-            p = load_block(weights + start, inside, columns[None, :], S - start, False)  # [BLOCK_L, WIDTH]
+            p = load_block(weights + start, inside, columns[None, :], S - start, False, False)  # [BLOCK_L, WIDTH]
             x = row_products(
                 dy, inside, v + start * v_step, v_s, S - start,
                 BLOCK_L, GROUPS, 0, DV, BLOCK_DV, READABLE_V, V_LAYOUT, PRECISION,
@@ -294,7 +295,7 @@ def residual_attention_long_backward_rows(
                 x = tl.where(p > 0.0, x * keep_scale, 0.0)
                 p = tl.abs(p)
             if dweights is not None:
-                x += load_block(dweights + start, owner, columns[None, :], S - start, False)
+                x += load_block(dweights + start, owner, columns[None, :], S - start, False, False)
             if second_pass == 0:
                 delta += tl.sum(p * x, 1)
                 total += tl.sum(p, 1)

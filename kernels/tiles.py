@@ -1,9 +1,10 @@
 """The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of every entry.
 
-What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of weights in 16 bits. Rows of more
-than 128 columns are computed in column groups, which leaves fewer float32 scores alive at a time; blocks of at most 64
-columns keep the loads of rows, which are 4-byte aligned at odd multiples of 2, apart from those of padded keys. No entry
-needs more than 99 KiB of shared memory, so that all GPUs from sm_80 up take the same table, but for scores on sm_90.
+What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more than
+128 columns are computed in column groups, so that fewer float32 scores are alive at a time, and blocks of at most 64
+columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. No entry
+needs more than 99 KiB of shared memory, so one table serves every GPU from sm_80 up; ``target`` is there to tell them
+apart where that is measured to pay.
 """
 
 from __future__ import annotations
@@ -48,17 +49,23 @@ def pitch(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
-def split(columns: int, groups: int, widest: int) -> Groups:
-    """The blocks of ``columns``, powers of two of 16 to ``widest``, in so many groups of like width."""
+def split(columns: int, groups: int, widths: tuple[int, ...]) -> Groups:
+    """The fewest blocks of these widths that hold ``columns``, in so many groups of like width.
+
+    Where it can be, no block is as wide as a step of a sum: of two tiles of one shape the compiler loads both as it
+    loads the better aligned one, which takes up to four times the sectors for rows that are aligned to 4 bytes.
+    """
     units = pitch(columns) // 16
     sizes = [16 * (units // groups + (index < units % groups)) for index in range(groups)]
-    return tuple(_blocks(size, widest) for size in sizes)
+    return tuple(_blocks(size, widths) for size in sizes)
 
 
-def _blocks(columns: int, widest: int) -> tuple[int, ...]:
-    rest = columns % widest
-    tail = tuple(1 << bit for bit in reversed(range(4, widest.bit_length())) if rest & (1 << bit))
-    return (widest,) * (columns // widest) + tail
+def _blocks(columns: int, widths: tuple[int, ...]) -> tuple[int, ...]:
+    blocks: tuple[int, ...] = ()
+    for width in widths:
+        count, columns = divmod(columns, width)
+        blocks += (width,) * count
+    return blocks
 
 
 def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) -> Tile:
@@ -67,14 +74,16 @@ def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) 
         return Tile(64, ((64,),), 32, 64, 4)
     if dtype == torch.float32:
         return _single_precision(columns)
+    if columns <= 128 and dropped:
+        return Tile(128, split(columns, 1, (64, 16)), 32, 32, 4)
     if columns <= 128:
-        return Tile(128, split(columns, 1, 64), 32, 32, 4)
+        return Tile(128, split(columns, 1, (32, 16)), 64, 64, 4)
     if columns <= 224:
-        return Tile(128, split(columns, 2, 64), 32, 32, 8)
+        return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
     if columns <= 320:
         step = 16 if dropped else 32
-        return Tile(128, split(columns, 2, 64), step, step, 8)
-    return Tile(64, split(columns, 4, 32), 16, 16, 4)
+        return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
+    return Tile(64, split(columns, 4, (64, 32, 16)), 16, 16, 4)
 
 
 def backward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) -> Tile:
@@ -84,19 +93,21 @@ def backward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool)
     if dtype == torch.float32:
         return _single_precision(columns)
     if columns <= 128:
-        return Tile(128, split(columns, 1, 64), 32, 32, 8)
+        return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
     if columns <= 224:
-        return Tile(128, split(columns, 2, 64), 32, 32, 8)
+        return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
+    if columns <= 320 and dropped:
+        return Tile(128, split(columns, 4, (32, 16)), 16, 32, 8)
     if columns <= 320:
-        return Tile(128, split(columns, 4, 32), 32, 32, 8)
-    return Tile(64, split(columns, 6, 32), 16, 16, 4)
+        return Tile(128, split(columns, 4, (32, 16)), 64, 64, 8)
+    return Tile(64, split(columns, 6, (64, 32, 16)), 16, 16, 4)
 
 
 def _single_precision(columns: int) -> Tile:
     """float32 weights take twice the registers, and three TF32 products hold both halves of their operands."""
     if columns <= 128:
-        return Tile(64, split(columns, 1, 64), 32, 32, 4)
-    return Tile(32, split(columns, -(-columns // 64), 64), 32, 32, 4)
+        return Tile(64, split(columns, 1, (64, 16)), 32, 32, 4)
+    return Tile(32, split(columns, -(-columns // 64), (64, 16)), 32, 16, 4)
 
 
 @dataclass(frozen=True)
@@ -132,4 +143,4 @@ def product(dtype: torch.dtype, rows: int | None, width: int) -> ProductTile:
 def _even(size: int, most: int) -> tuple[int, ...]:
     """The blocks of one of the tiles of like size, none above ``most``, that cover ``size``."""
     count = -(-pitch(size) // most)
-    return _blocks(pitch(-(-size // count)), 64)
+    return _blocks(pitch(-(-size // count)), (64, 32, 16))

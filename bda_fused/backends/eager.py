@@ -18,6 +18,7 @@ from bda_fused.shapes import batch_of
 
 # The backward reads the map; a backend without this recomputes it from the log-sum-exp.
 KEEPS_WEIGHTS = True
+WEIGHTS_PITCH = 1
 
 
 def availability() -> str | None:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from bda_fused.backends import eager
 from bda_fused.backends.problem import Problem
-from bda_fused.shapes import batch_of
+from bda_fused.shapes import batch_of, padded_rows
 
 # The backward reads the map that the forward has stored: fewer products than computing it anew, and no more bytes.
 KEEPS_WEIGHTS = True
+# A map that nobody asked for is kept in rows of a pitch of so many elements: all rows begin at 32-byte sectors.
+WEIGHTS_PITCH = 16
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -75,7 +77,9 @@ def forward(
     from bda_fused.kernels import residual_attention
 
     scored = [query, key] if attn_bias is None else [query, key, attn_bias]
-    weights = value.new_empty((*batch_of(*scored), *scores[2:]) if need_weights or need_grad else 0)
+    weights = value.new_empty(0)
+    if need_weights or need_grad:
+        weights = padded_rows(value, (*batch_of(*scored), *scores[2:]), 1 if need_weights else WEIGHTS_PITCH)
     row_sum = query.new_empty(scores[:3] if need_row_sum else 0, dtype=torch.float32)
     with _on(query.device):
         y = residual_attention.forward(

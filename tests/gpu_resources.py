@@ -1,0 +1,143 @@
+"""Registers, spills, shared memory and occupancy of the kernels at released sizes: ``python -m tests.gpu_resources``.
+
+Writes docs/gpu_resources.md from what the assembler says. No GPU is needed and nothing is executed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from bda_fused import functional as F
+from bda_fused.backends import triton as backend
+from bda_fused.kernels import launch as launching
+from bda_fused.kernels.launch import KIB, Launch, Target
+from tests.attention_cases import Case
+
+DOCUMENT = Path(__file__).parent.parent / "docs/gpu_resources.md"
+COLUMNS = ("GPU", "case", "kernel", "warps", "registers", "spilled bytes", "shared KiB", "warps per SM")
+
+# Compute capability, opt-in shared memory of a block, shared memory of an SM.
+GPUS = {"sm_80": (80, 163, 164), "sm_90": (90, 227, 228), "sm_100": (100, 227, 228), "sm_120": (120, 99, 100)}
+
+
+def _ssa(attributes: int, dim: int, **options: object) -> Case:
+    shapes = (2, 196, dim), (attributes, dim), (attributes, dim), "query"
+    return replace(Case(*shapes, bias=(attributes,)), **options)
+
+
+def _vsa(attributes: int, dim: int, regions: int = 196, **options: object) -> Case:
+    return replace(Case((attributes, dim), (2, regions, dim), None, None), **options)
+
+
+CASES = {
+    **{f"SSA, A={a}, C=350": _ssa(a, 350) for a in (85, 102, 312)},
+    **{f"SSA, A=312, C={c}": _ssa(312, c) for c in (300, 377, 437, 500, 512, 2048)},
+    "SSA, A=102, C=350, dropout": _ssa(102, 350, dropout_p=0.1),
+    "SSA, A=312, C=350, dropout": _ssa(312, 350, dropout_p=0.1),
+    "VSA, A=312, C=350": _vsa(312, 350),
+    "VSA, A=312, C=350, dropout": _vsa(312, 350, dropout_p=0.1),
+    "VSA, A=85, C=2048, HW=49": _vsa(85, 2048, 49),
+    "RSA, C=350": Case((2, 196, 350), (2, 196, 350), None, None, bias=(196, 196)),
+    "RSA, C=350, dropout": Case((2, 196, 350), (2, 196, 350), None, None, bias=(196, 196), dropout_p=0.1),
+    "S=600": Case((2, 49, 64), (600, 64), (600, 64), (2, 49, 64), bias=(600,)),
+    "SSA, A=102, C=350, fp32": _ssa(102, 350),
+    "SSA, A=312, C=350, fp32": _ssa(312, 350),
+    "VSA, A=312, C=350, fp32": _vsa(312, 350),
+}
+
+
+def launches(case: Case, dtype: torch.dtype, target: Target) -> list[Launch]:
+    """What a training step launches, without launching it; keys and values have the padded rows of folded ones."""
+    planned: list[Launch] = []
+    run, can_run, of = Launch.run, backend.can_run, launching.Target.of
+    Launch.run = lambda launch: planned.append(launch)  # type: ignore[method-assign]
+    backend.can_run = lambda problem: None
+    Target.of = lambda device: target  # type: ignore[method-assign]
+    try:
+        operands = case.operands(dtype, "cpu")
+        shared = case.residual == "query"
+        key, value = (_padded(operands[name]) if shared and name in operands else operands.get(name) for name in ("key", "value"))
+        y, *_ = F.attend(
+            operands["query"], key, value, operands.get("residual"), attn_bias=operands.get("bias"),
+            dropout_p=case.dropout_p, residual_is_query=shared, backend="triton",
+        )  # fmt: skip
+        torch.autograd.grad(y.sum(), list(operands.values()), allow_unused=True)
+    finally:
+        Launch.run, backend.can_run, Target.of = run, can_run, of  # type: ignore[method-assign]
+    return planned
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 32))[..., : x.shape[-1]]
+
+
+@cache
+def _usage(gpu: str, key: str) -> tuple[int, int, int]:
+    launch = _pending[key]
+    capability, limit, _ = GPUS[gpu]
+    kernel = launch.compile(Target(capability, limit * KIB))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", report)[1]), int(re.search(r"STACK:(\d+)", report)[1]), kernel.metadata.shared
+
+
+_pending: dict[str, Launch] = {}
+
+
+def rows(gpu: str, name: str) -> list[dict[str, str]]:
+    """The rows of the table for one case on one GPU, a kernel once for each way in which the case needs it."""
+    capability, limit, per_sm = GPUS[gpu]
+    dtype = torch.float32 if name.endswith("fp32") else torch.bfloat16
+    table = {}
+    for launch in launches(CASES[name], dtype, Target(capability, limit * KIB)):
+        key = f"{launch.kernel.__name__} {launch.specialization()!r} {launch.options!r}"
+        _pending[key] = launch
+        registers, stack, shared = _usage(gpu, key)
+        warps = launch.options["num_warps"]
+        blocks = min(
+            65536 // (-(-registers // 8) * 8 * 32 * warps), per_sm * KIB // (shared + KIB), (48 if gpu == "sm_120" else 64) // warps
+        )
+        kernel = launch.kernel.__name__.removeprefix("residual_attention_").replace("_", " ")
+        values = (gpu, name, kernel, warps, registers, stack, f"{shared / KIB:.1f}", blocks * warps)
+        table[key] = dict(zip(COLUMNS, map(str, values), strict=True))
+    return list(table.values())
+
+
+def read() -> list[dict[str, str]]:
+    """The rows of the document."""
+    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| sm_")]
+    return [dict(zip(COLUMNS, (cell.strip() for cell in line.split("|")[1:-1]), strict=True)) for line in lines]
+
+
+def main() -> None:
+    lines = [
+        "# GPU resources of the Triton kernels",
+        "",
+        "What the assembler says of every kernel of a training step at released sizes, in bf16 unless it says fp32. Written by",
+        "`python -m tests.gpu_resources`; tests compare it. Nothing here was timed, and nothing ran on a GPU. Warps per SM is what registers, shared",
+        "memory and the SM's limit of warps allow. Spilled bytes are per thread, outside the inner loops.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for gpu in GPUS:
+        for name in CASES:
+            lines += ["| " + " | ".join(row.values()) + " |" for row in rows(gpu, name)]
+            print(gpu, name, file=sys.stderr, flush=True)
+    DOCUMENT.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
