@@ -103,9 +103,9 @@ def attend(
         if images is not None:  # a residual per image, in which all are the same, asks for a mask per image
             op_residual = (query.new_zeros(()) if op_residual is None else op_residual).expand(images, *query.shape)
         result, weights, row_sum = functional.attend(
-            _split(query.to(dtypes.gemm), heads),
-            _split(key.to(dtypes.gemm), heads),
-            None if value is key else _split(value.to(dtypes.gemm), heads),
+            _split(_padded(query.to(dtypes.gemm)), heads),
+            _split(_padded(key.to(dtypes.gemm)), heads),
+            None if value is key else _split(_padded(value.to(dtypes.gemm)), heads),
             None if op_residual is None else _split(op_residual, heads),
             scale=module.scale * module.kv_scale,
             attn_bias=bias,
@@ -300,6 +300,21 @@ class _Fold:
         if row_bias is not None and row_sum is not None:
             y = y + (row_sum[..., None] * row_bias).to(y.dtype)
         return y
+
+
+# Where kernels run whose loads want aligned rows.
+PADDED_DEVICES = ("cuda",)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Rows that all images share, in memory of a pitch of 32 elements with zeros behind each row; others as they are.
+
+    The rows are few, and kernels then copy them 16 bytes at a time.
+    """
+    padding = -x.shape[-1] % 32
+    if x.device.type not in PADDED_DEVICES or x.dim() != 2 or padding == 0:
+        return x
+    return nnf.pad(x, (0, padding))[:, : x.shape[-1]]
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

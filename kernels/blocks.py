@@ -36,7 +36,7 @@ def is_last(groups, group, block):
 
 @triton.constexpr_function
 def tail_width(width, block):
-    """The width of the block, a power of two of at least 16, that holds what whole blocks leave of a row; 0 for nothing."""
+    """The width of the block, a power of two from 16, that holds what whole blocks leave of a row; 0 for nothing."""
     rest = width % block
     return 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
@@ -160,7 +160,9 @@ def row_products(
     acc = zeros(BLOCK_L, WIDTHS)
     if TAIL > 0:
         rest = D // BLOCK_D * BLOCK_D + tl.arange(0, TAIL)[None, :]
-        x_rest = tl.load(x + rest, mask=inside[:, None] & (rest < D), other=0.0).to(w.dtype.element_ty)  # [BLOCK_L, TAIL]
+        x_rest = tl.load(x + rest, mask=inside[:, None] & (rest < D), other=0.0).to(
+            w.dtype.element_ty
+        )  # [BLOCK_L, TAIL]
         first = ()
         for j in tl.static_range(len(WIDTHS)):
             rest_rows = key_rows(w, stride_s, S, W_LAYOUT, first_column(GROUPS, g, j), WIDTHS[j], is_last(GROUPS, g, j))
@@ -173,7 +175,9 @@ def row_products(
     if D >= BLOCK_D:
         cols = tl.arange(0, BLOCK_D)[None, :]
         for d in tl.range(0, D // BLOCK_D * BLOCK_D, BLOCK_D):
-            x_tile = tl.load(x + (d + cols), mask=inside[:, None], other=0.0).to(w.dtype.element_ty)  # [BLOCK_L, BLOCK_D]
+            x_tile = tl.load(x + (d + cols), mask=inside[:, None], other=0.0).to(
+                w.dtype.element_ty
+            )  # [BLOCK_L, BLOCK_D]
             added = ()
             for j in tl.static_range(len(WIDTHS)):
                 rows = key_rows(w, stride_s, S, W_LAYOUT, first_column(GROUPS, g, j), WIDTHS[j], is_last(GROUPS, g, j))
@@ -234,9 +238,7 @@ def keep(seed, row, threshold, FIRST, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_bias(
-    bias, inside, cols, stride, S, BY_ROW: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr
-):
+def load_bias(bias, inside, cols, stride, S, BY_ROW: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr):
     """The bias of so many columns, -inf beyond S: [BLOCK_L, width] at pointers [BLOCK_L, 1], or one row of it."""
     offsets = cols if UNIT else cols * stride
     if BY_ROW:

@@ -2,10 +2,9 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bda_fused.kernels.blocks import keep, load_block
 from bda_fused.kernels.launch import Launch, strides
+from torch import Tensor
 
 BLOCK_R, BLOCK_C = 32, 128
 

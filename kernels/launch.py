@@ -16,7 +16,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Target:
-    """What the choice of tiles rests on: the compute capability (80 for sm_80) and the opt-in shared memory in bytes."""
+    """What the choice of tiles rests on: compute capability (80 for sm_80) and opt-in shared memory in bytes."""
 
     capability: int
     shared_memory: int
@@ -30,7 +30,9 @@ class Target:
 @lru_cache
 def _target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
-    return Target(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+    # Where torch does not report it, the least that a GPU from sm_80 up has.
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 99 * KIB)
+    return Target(10 * properties.major + properties.minor, shared_memory)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def readable_width(x: Tensor) -> int:
     More than its own where the rows lie further apart, in storage that does not end with the last of them.
     """
     width = x.shape[3]
-    room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset() - 1 - _span(x)
+    room = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset()) - 1 - _span(x)
     apart = [step - width for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     return width + max(0, min(-width % 64, room, *apart))
 
@@ -176,4 +178,6 @@ class Rows:
 
     def share(self, bias: Tensor) -> bool:
         """Whether all rows of a group have the same bias."""
-        return self._is_one_row(bias) or (not self.merged_b and not self.merged_h and not self.divided and bias.shape[2] == 1)
+        return self._is_one_row(bias) or (
+            not self.merged_b and not self.merged_h and not self.divided and bias.shape[2] == 1
+        )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from bda_fused import dropout
 from bda_fused.kernels import tiles
 from bda_fused.kernels.dropped_map import plan_signed_map
 from bda_fused.kernels.launch import Launch, Target, readable
 from bda_fused.kernels.residual_attention_backward import plan_rows
 from bda_fused.kernels.residual_attention_forward import plan_forward
 from bda_fused.kernels.sums import Term, plan_products, plan_sum
+from torch import Tensor
+
+from bda_fused import dropout
 
 
 def forward(
@@ -28,7 +28,7 @@ def forward(
     weights: Tensor | None,
     row_sum: Tensor | None,
 ) -> Tensor:
-    """Y; weights and row_sum are filled where they are given. 4-D operands as in ops.py, ``scores`` (B, H, L, S) > 0."""
+    """Y; weights and row_sum are filled where given. 4-D operands as in ops.py, ``scores`` (B, H, L, S) without a 0."""
     query, key, value = readable(query), readable(key), readable(value)
     y = query.new_empty((*scores[:3], value.shape[3]), dtype=result_dtype)
     for launch in plan_forward(
@@ -116,9 +116,7 @@ def backward(
     if need_query and not in_rows:
         term = Term(grad_scores, key, scale, scratch[3])
         extra = grad_y if residual_is_query else None
-        launches += plan_products(
-            [term], grad_query, transposed=False, extra=extra, precision=precision, target=target
-        )
+        launches += plan_products([term], grad_query, transposed=False, extra=extra, precision=precision, target=target)
     if need_key:
         terms = [Term(grad_scores, query, scale, scratch[3])]
         if key_is_value and keep_scale > 0:

@@ -2,8 +2,6 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bda_fused.kernels import tiles
 from bda_fused.kernels.blocks import (
     INTERPRETED,
@@ -14,7 +12,6 @@ from bda_fused.kernels.blocks import (
     row_numbers,
     row_pointers,
     row_products,
-    sum_of,
     tail_width,
     tile_rows,
     weighted_rows,
@@ -22,6 +19,7 @@ from bda_fused.kernels.blocks import (
 )
 from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_backward_rows
+from torch import Tensor
 
 
 @triton.jit
@@ -170,7 +168,9 @@ def residual_attention_backward_rows(
     for g in tl.static_range(len(GROUPS)):
         if g > 0:
             tl.debug_barrier()  # keeps the loads of this group behind dP of the last: fewer registers
-        products = row_products(dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, READABLE_V, V_LAYOUT, PRECISION)
+        products = row_products(
+            dy, inside, v, v_s, S, BLOCK_L, GROUPS, g, DV, BLOCK_DV, READABLE_V, V_LAYOUT, PRECISION
+        )
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
             cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]

@@ -2,14 +2,12 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bda_fused.kernels import tiles
 from bda_fused.kernels.blocks import (
     first_column,
+    group_start,
     is_last,
     keep,
-    group_start,
     row_numbers,
     row_pointers,
     row_products,
@@ -21,6 +19,8 @@ from bda_fused.kernels.blocks import (
 )
 from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_forward
+from torch import Tensor
+
 
 @triton.jit
 def store_columns(

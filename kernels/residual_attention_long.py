@@ -5,7 +5,6 @@ The kernels take the arguments of their namesakes for short rows. GROUPS is one 
 
 import triton
 import triton.language as tl
-
 from bda_fused.kernels.blocks import (
     dot,
     group_start,
@@ -26,7 +25,6 @@ FORWARD_RUNTIME = [
     "bias_b", "bias_h", "bias_l", "bias_s", "y_b", "y_h", "y_l", "w_b", "w_h", "w_l",
     "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "threshold", "keep_scale",
 ]  # fmt: skip
-
 
 
 @triton.jit(do_not_specialize=FORWARD_RUNTIME)
@@ -127,7 +125,19 @@ def residual_attention_long_forward(
     total = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, S, WIDTH):
         products = row_products(
-            q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION
+            q,
+            inside,
+            k + start * k_step,
+            k_s,
+            S - start,
+            BLOCK_L,
+            GROUPS,
+            0,
+            DK,
+            BLOCK_DK,
+            READABLE_K,
+            K_LAYOUT,
+            PRECISION,
         )
         x = scaled_scores(
             products, inside, bias if bias is None else bias + start * bias_s,
@@ -145,7 +155,19 @@ def residual_attention_long_forward(
     survived = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, S, WIDTH):
         products = row_products(
-            q, inside, k + start * k_step, k_s, S - start, BLOCK_L, GROUPS, 0, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION
+            q,
+            inside,
+            k + start * k_step,
+            k_s,
+            S - start,
+            BLOCK_L,
+            GROUPS,
+            0,
+            DK,
+            BLOCK_DK,
+            READABLE_K,
+            K_LAYOUT,
+            PRECISION,
         )
         x = scaled_scores(
             products, inside, bias if bias is None else bias + start * bias_s,
@@ -184,7 +206,6 @@ ROWS_RUNTIME = [
     "ds_b", "ds_h", "ds_l", "dq_b", "dq_h", "dq_l",
     "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "keep_scale",
 ]  # fmt: skip
-
 
 
 @triton.jit(do_not_specialize=ROWS_RUNTIME)

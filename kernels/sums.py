@@ -10,11 +10,10 @@ from math import gcd
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bda_fused.kernels import tiles
 from bda_fused.kernels.blocks import batch_start, dot, first_column, row_stride, sum_of
 from bda_fused.kernels.launch import Launch, Target, layout, strides
+from torch import Tensor
 
 
 @triton.jit
@@ -83,7 +82,8 @@ def add_products(
 
 PRODUCT_RUNTIME = [
     "a_b", "a_h", "a_row", "b_b", "b_h", "b_k", "a2_b", "a2_h", "a2_row", "b2_b", "b2_h", "b2_k", "c_b", "c_h", "c_m",
-    "M", "K", "A_COLUMNS", "A2_COLUMNS", "OUTER", "OUTER_H", "GROUPS", "GROUP_H", "SPLITS", "TO_PARTIAL", "between", "alpha",
+    "M", "K", "A_COLUMNS", "A2_COLUMNS", "OUTER", "OUTER_H", "GROUPS", "GROUP_H", "SPLITS", "TO_PARTIAL",
+    "between", "alpha",
 ]  # fmt: skip
 
 
@@ -230,7 +230,10 @@ def residual_attention_summed_rows(
     row = at // (tiles_c * SPLITS)
     l, outer = (row % KEPT_L).to(tl.int64), row // KEPT_L
     x += (outer // KEPT_H).to(tl.int64) * x_b + (outer % KEPT_H).to(tl.int64) * x_h + l * x_l
-    begin, end = (SUMMED.to(tl.int64) * split // SPLITS).to(tl.int32), (SUMMED.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
+    begin, end = (
+        (SUMMED.to(tl.int64) * split // SPLITS).to(tl.int32),
+        (SUMMED.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32),
+    )
     cols = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_C,), tl.float32)
     for first in tl.range(begin, end, BLOCK_R):
@@ -244,13 +247,12 @@ def residual_attention_summed_rows(
     tl.store(partial + (split.to(tl.int64) * ROWS + row) * COLUMNS + cols, acc, mask=cols < COLUMNS)
 
 
-
 BLOCK_R, BLOCK_C, BLOCK_SUM = 16, 128, 256
 
 
 @dataclass(frozen=True)
 class Term:
-    """alpha * A B. columns: how many of A's may be read: those beyond K are 0. survivors: A without its negative entries."""
+    """alpha * A B. columns: how many of A's may be read, those beyond K being 0. survivors: negative entries are 0."""
 
     a: Tensor | None
     b: Tensor | None
@@ -285,10 +287,13 @@ def plan_products(
     outer_h = 1 if kept_h else heads
     outer = (1 if kept_b else images) * outer_h
     steps = {
-        **strides(a, "a_b a_h a_row"), **strides(b, "b_b b_h b_k"), **strides(b if a2 is None else a2, "a2_b a2_h a2_row"),
+        **strides(a, "a_b a_h a_row"), **strides(b, "b_b b_h b_k"),
+        **strides(b if a2 is None else a2, "a2_b a2_h a2_row"),
         **strides(b if b2 is None else b2, "b2_b b2_h b2_k"), **strides(out, "c_b c_h c_m"),
     }  # fmt: skip
-    if transposed and not kept_b and heads == 1 and _follow(images, depth, a, b, a2, b2):  # all images' rows are one axis
+    if (
+        transposed and not kept_b and heads == 1 and _follow(images, depth, a, b, a2, b2)
+    ):  # all images' rows are one axis
         depth, outer = images * depth, 1
         steps |= dict.fromkeys(("a_b", "b_b", "a2_b", "b2_b"), 0)
     tile = tiles.product(out.dtype, rows if transposed else None, width)
@@ -298,7 +303,8 @@ def plan_products(
     partial = out.new_empty((parts if parts > 1 else 0, out.numel()), dtype=torch.float32)
     arguments = {
         "a": a, "b": b, "a2": a2, "b2": b2, "c": out, "partial": partial, **steps,
-        "M": rows, "K": depth, "A_COLUMNS": first.columns, "A2_COLUMNS": second.columns, "OUTER": outer, "OUTER_H": outer_h,
+        "M": rows, "K": depth, "A_COLUMNS": first.columns, "A2_COLUMNS": second.columns,
+        "OUTER": outer, "OUTER_H": outer_h,
         "GROUPS": groups, "GROUP_H": heads if kept_h else 1, "SPLITS": splits, "TO_PARTIAL": int(parts > 1),
         "between": between, "alpha": alpha,
     }  # fmt: skip
@@ -335,7 +341,7 @@ def _splits(tiles: int, steps: int, *, least: int) -> int:
 
 
 def plan_sum(x: Tensor, columns: int, out: Tensor) -> list[Launch]:
-    """The launches that fill out (., ., ., columns) with x (B, H, L, at least columns), summed over the axes it has as 1."""
+    """The launches that fill out (., ., ., columns) with x (B, H, L, pitch) summed over the axes that it has as 1."""
     partial = out.new_empty((_row_splits(x, out), out.numel()), dtype=torch.float32)
     return [_plan_rows(x, columns, out, partial), _ordered_sum(partial, out)]
 

@@ -1,8 +1,8 @@
 """The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of every entry.
 
-What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more than
-128 columns are computed in column groups, so that fewer float32 scores are alive at a time, and blocks of at most 64
-columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. No entry
+What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
+than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time, and blocks of at most
+64 columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. No entry
 needs more than 99 KiB of shared memory, so one table serves every GPU from sm_80 up; ``target`` is there to tell them
 apart where that is measured to pay.
 """
@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from bda_fused.kernels.launch import KIB, Target
+from bda_fused.kernels.launch import Target
 
 Groups = tuple[tuple[int, ...], ...]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,7 +42,9 @@ class Case:
                 x = torch.randn(shape)
                 if name == "bias" and self.masked:
                     x[..., 1, :], x[..., 0, 2:] = -torch.inf, -torch.inf
-                kind = torch.float32 if name == "bias" else (self.residual_dtype or dtype) if name == "residual" else dtype
+                kind = (
+                    torch.float32 if name == "bias" else (self.residual_dtype or dtype) if name == "residual" else dtype
+                )
                 made[name] = x.to(device=device, dtype=kind).requires_grad_()
         return made
 
@@ -133,7 +135,9 @@ def check(case: Case, dtype: torch.dtype, *, backend: str, device: str = "cpu", 
         leaves = {n: x.detach().to(kind or x.dtype).requires_grad_() for n, x in operands.items()}
         expected = natural(case, leaves, mask)[: len(results)]
         expected = [x.expand(y.shape) for x, y in zip(expected, results, strict=True)]
-        gradients = torch.autograd.grad(expected, list(leaves.values()), [g.to(x.dtype) for g, x in zip(upstream, expected, strict=True)])
+        gradients = torch.autograd.grad(
+            expected, list(leaves.values()), [g.to(x.dtype) for g, x in zip(upstream, expected, strict=True)]
+        )
         return [*expected, *gradients]
 
     names = ["Y", "map", "row sums"][: len(results)] + [f"gradient of {name}" for name in operands]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import triton
+from bda_fused.kernels import launch as launching
+from bda_fused.kernels.launch import KIB, Launch, Target
 
 from bda_fused import functional as F
 from bda_fused.backends import triton as backend
-from bda_fused.kernels import launch as launching
-from bda_fused.kernels.launch import KIB, Launch, Target
 from tests.attention_cases import Case
 
 DOCUMENT = Path(__file__).parent.parent / "docs/gpu_resources.md"
@@ -65,7 +65,9 @@ def launches(case: Case, dtype: torch.dtype, target: Target) -> list[Launch]:
     try:
         operands = case.operands(dtype, "cpu")
         shared = case.residual == "query"
-        key, value = (_padded(operands[name]) if shared and name in operands else operands.get(name) for name in ("key", "value"))
+        key, value = (
+            _padded(operands[name]) if shared and name in operands else operands.get(name) for name in ("key", "value")
+        )
         y, *_ = F.attend(
             operands["query"], key, value, operands.get("residual"), attn_bias=operands.get("bias"),
             dropout_p=case.dropout_p, residual_is_query=shared, backend="triton",
@@ -107,7 +109,9 @@ def rows(gpu: str, name: str) -> list[dict[str, str]]:
         registers, stack, shared = _usage(gpu, key)
         warps = launch.options["num_warps"]
         blocks = min(
-            65536 // (-(-registers // 8) * 8 * 32 * warps), per_sm * KIB // (shared + KIB), (48 if gpu == "sm_120" else 64) // warps
+            65536 // (-(-registers // 8) * 8 * 32 * warps),
+            per_sm * KIB // (shared + KIB),
+            (48 if gpu == "sm_120" else 64) // warps,
         )
         kernel = launch.kernel.__name__.removeprefix("residual_attention_").replace("_", " ")
         values = (gpu, name, kernel, warps, registers, stack, f"{shared / KIB:.1f}", blocks * warps)

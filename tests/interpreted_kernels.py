@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from bda_fused.kernels.launch import Launch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bda_fused import backends
+from bda_fused import backends, modules
 from bda_fused import functional as F
 from bda_fused.backends.problem import Problem
-from bda_fused.kernels.launch import Launch
 from bda_fused.testing import assert_close, philox_masks
 from tests.attention_cases import CASES, check
 from tests.parity import recorded_dropout, replayed_dropout, results, twins
@@ -36,7 +36,8 @@ MODULES = [
 
 
 @pytest.mark.parametrize(("kind", "options", "shapes"), MODULES)
-def test_fused_module_against_the_reference(kind, options, shapes):
+def test_fused_module_against_the_reference(kind, options, shapes, monkeypatch):
+    monkeypatch.setattr("bda_fused.fold.PADDED_DEVICES", ("cpu",))
     torch.manual_seed(0)
     natural, fused = twins(kind, 40, torch.float32, **options)
     truth = twins(kind, 40, **options)[0]
@@ -52,6 +53,18 @@ def test_fused_module_against_the_reference(kind, options, shapes):
     for name, x in expected.items():
         if name != "gradient of k_proj.bias" or options.get("kv_dropout"):
             assert_close(ours[name], x, yardstick[name], gradient="gradient" in name, name=name)
+
+
+def test_folded_keys_and_values_have_padded_rows_of_zeros(monkeypatch):
+    monkeypatch.setattr("bda_fused.fold.PADDED_DEVICES", ("cpu",))
+    seen = []
+    monkeypatch.setattr(Launch, "run", lambda launch: seen.append(launch.arguments))
+    module = modules.SemanticSynthesisAttention(40)
+    with backends.use("triton"):
+        module(torch.randn(2, 11, 40), torch.randn(21, 40))
+    for operand in (seen[0]["k"], seen[0]["v"]):
+        assert operand.stride(2) == 64
+        assert (operand.as_strided((21, 64), (64, 1))[:, 40:] == 0).all()
 
 
 LAYOUTS = {
@@ -98,9 +111,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if "empty" in str(function) or "new_" in str(function):
-            self.bytes.append(result.untyped_storage().nbytes())
-        elif isinstance(result, torch.Tensor) and not function.is_view:
+        if (
+            "empty" in str(function)
+            or "new_" in str(function)
+            or (isinstance(result, torch.Tensor) and not function.is_view)
+        ):
             self.bytes.append(result.untyped_storage().nbytes())
         return result
 
@@ -110,7 +125,9 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("need_grad", [False, True])
 def test_the_forward_allocates_what_it_returns_and_nothing_else(need_grad, need_weights, dtype, monkeypatch):
     launched = []
-    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch))  # the interpreter copies what it is given
+    monkeypatch.setattr(
+        Launch, "run", lambda launch: launched.append(launch)
+    )  # the interpreter copies what it is given
     query, key = torch.randn(B, 1, L, DK, dtype=dtype), torch.randn(1, 1, S, DK, dtype=dtype)
     value, residual = torch.randn(1, 1, S, DV, dtype=dtype), torch.randn(B, 1, L, DV, dtype=dtype)
     problem = Problem.of(query, key, value, residual, None)
@@ -149,9 +166,7 @@ def test_only_what_is_needed_is_launched(launches):
 
 def test_two_runs_are_bit_identical():
     operands = [leaf(8, 29, 35), leaf(85, 35), leaf(85, 35), leaf(8, 29, 35)]
-    first, second = (
-        torch.autograd.grad(F.ssa(*operands, backend="triton").sin().sum(), operands) for _ in range(2)
-    )
+    first, second = (torch.autograd.grad(F.ssa(*operands, backend="triton").sin().sum(), operands) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 

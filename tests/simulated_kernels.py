@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bda_fused.backends import triton as backend
 from bda_fused.kernels.launch import KIB, Launch, Target
+
+from bda_fused.backends import triton as backend
 from tests.ptxsim.compile import TritonKernel
 from tests.ptxsim.report import Report
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
 from bda_fused.kernels import tiles
 from bda_fused.kernels.residual_attention_backward import plan_rows
 from bda_fused.kernels.residual_attention_forward import plan_forward
+
 from bda_fused.shapes import padded_rows
 from bda_fused.testing import assert_close
 from tests.ptxsim.report import Report
@@ -66,7 +66,11 @@ SSA = [(312, 5, 1.04, 4.0, 0.85, 0.69), (102, 5, 1.12, 2.4, 0.85, 0.80), (85, 5,
 @pytest.mark.parametrize(("attributes", "images", "macs", "requested", "loads", "stores"), SSA)
 def test_ssa_forward(attributes, images, macs, requested, loads, stores):
     torch.manual_seed(0)
-    query, key, value = torch.randn(images, 1, 128, C).to(DTYPE), padded(1, 1, attributes, C), padded(1, 1, attributes, C)
+    query, key, value = (
+        torch.randn(images, 1, 128, C).to(DTYPE),
+        padded(1, 1, attributes, C),
+        padded(1, 1, attributes, C),
+    )
     rows = images * 128
     report = forward(query, key, value, (images, 1, 128, attributes))
     counts = Counts.of(report, 2 * rows * attributes * C, 2 * (2 * rows * C + 2 * attributes * C))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bda_fused.kernels import tiles
+from bda_fused.kernels.launch import KIB, Launch, Target, layout, readable_width
 
 from bda_fused import functional as F
 from bda_fused.backends import triton as backend
-from bda_fused.kernels import tiles
-from bda_fused.kernels.launch import KIB, Launch, Target, layout, readable_width
 from tests import gpu_resources
 from tests.attention_cases import CASES, check
 from tests.simulated_kernels import SM80, simulated
@@ -134,7 +134,9 @@ def test_every_capability_has_a_tile_within_its_shared_memory():
 
 @pytest.mark.parametrize("name", ["SSA, A=102, C=350", "VSA, A=312, C=350"])
 def test_the_assembler_reports_what_the_document_says(name):
-    assert gpu_resources.rows("sm_80", name) == [row for row in gpu_resources.read() if (row["GPU"], row["case"]) == ("sm_80", name)]
+    assert gpu_resources.rows("sm_80", name) == [
+        row for row in gpu_resources.read() if (row["GPU"], row["case"]) == ("sm_80", name)
+    ]
 
 
 @pytest.mark.slow

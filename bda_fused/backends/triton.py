@@ -48,7 +48,9 @@ def can_run(problem: Problem) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the triton backend needs a GPU of compute capability 8.0 or newer, {device} has {major}.{minor}"
     if problem.dtype not in _DTYPES:
-        return f"the triton backend takes float16, bfloat16 and float32, got {str(problem.dtype).removeprefix('torch.')}"
+        return (
+            f"the triton backend takes float16, bfloat16 and float32, got {str(problem.dtype).removeprefix('torch.')}"
+        )
     images, heads, rows, _ = problem.scores
     if images * heads * rows >= 2**31:
         return f"the triton backend takes fewer than 2**31 query rows, got {images * heads * rows}"
