@@ -2,9 +2,9 @@
 
 What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
 than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time, and blocks of at most
-64 columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. No entry
-needs more than 99 KiB of shared memory, so one table serves every GPU from sm_80 up; ``target`` is there to tell them
-apart where that is measured to pay.
+64 columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. The
+16-bit entries need at most 99 KiB of shared memory, so one table serves every GPU from sm_80 up; ``target`` is there to
+tell them apart where that is measured to pay.
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) 
         return Tile(128, split(columns, 1, (64, 16)), 32, 32, 4)
     if columns <= 128:
         return Tile(128, split(columns, 1, (32, 16)), 64, 64, 4)
-    if columns <= 224:
+    if columns <= 224 and dropped:
         return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
+    if columns <= 224:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
+        return Tile(64, split(columns, 2, (64, 32, 16)), 32, 32, 4)
     if columns <= 320:
         step = 16 if dropped else 32
         return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
