@@ -69,9 +69,25 @@ WIDTHS = {
     "mul.wide": {0: 0},
     "popc": {0: 4},
     "clz": {0: 4},
-    "bfind": {0: 4},
-    "match": {0: 4, 2: 4},
 }
+# How many operands an opcode takes, the least and the most.
+OPERANDS = {
+    (0, 0): "exit fence membar ret trap",
+    (0, 5): "cp",
+    (1, 1): "activemask bra nanosleep",
+    (1, 2): "prefetch",
+    (1, 4): "bar barrier",
+    (2, 2): "abs clz cos cvta ex2 isspacep ldmatrix lg2 mov neg not popc rcp rsqrt sin sqrt tanh",
+    (2, 3): "createpolicy cvt ld st",
+    (2, 4): "red",
+    (3, 3): "add and copysign div match max min mul or redux rem shl shr sub vote xor",
+    (3, 5): "atom",
+    (3, 4): "setp",
+    (4, 4): "bfe fma mad mma prmt selp shf",
+    (5, 5): "bfi lop3 shfl",
+    (2, 9): "call",
+}
+OPERANDS = {base: counts for counts, bases in OPERANDS.items() for base in bases.split()}
 # Tokens of loads and stores that say how, not what.
 CACHING = re.compile(
     r"(L1|L2)::\w+|ca|cg|cs|cv|lu|wb|wt|nc|weak|global|shared(::cta)?|local|param|const|v[24]|cta|gpu|sys|cluster"
@@ -176,6 +192,9 @@ class _Lowering:
 
     def statement(self, s: Statement) -> None:
         tokens = s.opcode.split(".")
+        least, most = OPERANDS[tokens[0]]
+        if not least <= len(s.operands) <= most:
+            raise Unsupported(f"{len(s.operands)} operands")
         special = getattr(self, f"lower_{tokens[0]}", None)
         name, operands, mods = special(s, tokens) if special else self.regular(s, tokens)
         self.rows.append(self.row(name, operands, s.guard, mods))
@@ -236,8 +255,9 @@ class _Lowering:
     def vector(self, text: str) -> list[str]:
         return [part.strip() for part in text.strip("{} ").split(",")]
 
-    def vector_operands(self, text: str, width: int) -> list[int]:
-        return [self.operand(part, width) for part in self.vector(text)]
+    def registers_of(self, text: str, count: int) -> list[int]:
+        """The offsets of a vector of ``count`` registers of 4 bytes."""
+        return [self.operand(part, 4) for part, _ in zip(self.vector(text), range(count), strict=True)]
 
     def address(self, text: str) -> list[int]:
         """[base], [base + 4], [base+-4]: base register, its bytes, offset."""
@@ -289,11 +309,6 @@ class _Lowering:
         width = SIZES[tokens[1]]
         return s.opcode, [*(self.operand(o, width) for o in s.operands[:3]), *self.predicate(s.operands[3])], 0
 
-    def lower_slct(self, s: Statement, tokens: list[str]) -> Row:
-        names, mods = _modifiers(tokens)
-        widths = [SIZES[names[1]]] * 3 + [4]
-        return ".".join(names), [self.operand(o, w) for o, w in zip(s.operands, widths, strict=True)], mods
-
     def lower_setp(self, s: Statement, tokens: list[str]) -> Row:
         names, mods = _modifiers(tokens)
         width = SIZES[names[-1]]
@@ -307,7 +322,12 @@ class _Lowering:
     def lower_cvt(self, s: Statement, tokens: list[str]) -> Row:
         names, mods = _modifiers(tokens)
         if names[1] in ("f16x2", "bf16x2", "tf32"):
-            return ".".join(names), [self.operand(o, 4) for o in s.operands], mods
+            sources = 1 if names[1] == "tf32" else 2
+            return (
+                ".".join(names),
+                [self.operand(o, 4) for o, _ in zip(s.operands, range(1 + sources), strict=True)],
+                mods,
+            )
         widths = [
             SIZES[self.kernel.registers[o]] if o in self.kernel.registers else 4 if o.startswith("%") else SIZES[kind]
             for o, kind in zip(s.operands, names[1:], strict=True)
@@ -424,12 +444,15 @@ class _Lowering:
 
     def lower_ldmatrix(self, s: Statement, tokens: list[str]) -> Row:
         names = [t for t in tokens if t not in ("sync", "aligned", "shared", "shared::cta")]
-        return ".".join(names), [*self.address(s.operands[1]), *self.vector_operands(s.operands[0], 4)], 0
+        count = int(names[2].removeprefix("x"))
+        return ".".join(names), [*self.address(s.operands[1]), *self.registers_of(s.operands[0], count)], 0
 
     def lower_mma(self, s: Statement, tokens: list[str]) -> Row:
         if tokens[1:3] != ["sync", "aligned"] or tokens[4:6] != ["row", "col"]:
             raise Unsupported("a form of mma")
-        operands = [offset for o in s.operands for offset in self.vector_operands(o, 4)]
+        bits, k = 32 if tokens[7] == "tf32" else 16, int(tokens[3].split("k")[1])
+        counts = (4, k * bits // 64, k * bits // 128, 4)  # registers of D, A, B, C
+        operands = [offset for o, n in zip(s.operands, counts, strict=True) for offset in self.registers_of(o, n)]
         return f"mma.{tokens[3]}.{'.'.join(tokens[6:])}", operands, 0
 
 

@@ -109,7 +109,7 @@ _CLASSES = dict.fromkeys(("bar", "barrier", "membar", "fence"), "barrier")
 _CLASSES |= dict.fromkeys(("shfl", "vote", "match", "redux", "activemask"), "shuffle")
 _CLASSES |= dict.fromkeys(("bra", "ret", "exit", "trap", "call"), "branch")
 _CLASSES |= {"atom": "atomic", "red": "atomic", "cvt": "convert", "cvta": "convert", "setp": "compare"}
-_CLASSES |= {"mov": "move", "selp": "move", "slct": "move", "prmt": "move"}
+_CLASSES |= {"mov": "move", "selp": "move", "prmt": "move"}
 
 
 def tally(

@@ -80,14 +80,12 @@ def test_rounding_modes(kind, rounding):
     )
 
 
-@pytest.mark.parametrize("kind", ["f32", "f64"])
-def test_division_and_roots_round_to_nearest(kind):
-    real = {"f32": np.float32, "f64": np.float64}[kind]
-    a, b = (x.view(real) for x in product(FORMATS[kind], 2))
+def test_division_and_roots_round_to_nearest():
+    a, b = (x.view(np.float32) for x in product(F32, 2))
     with np.errstate(all="ignore"):
-        cases = [("div.rn.", "d, a, b", a / b), ("rcp.rn.", "d, a", 1 / a), ("sqrt.rn.", "d, a", np.sqrt(a))]
-    for name, operands, expected in cases:
-        np.testing.assert_array_equal(execute(f"{name}{kind} {operands};", a, b, out=real), expected)
+        cases = [("div.rn.f32 d, a, b;", a / b), ("rcp.rn.f32 d, a;", 1 / a), ("sqrt.rn.f32 d, a;", np.sqrt(a))]
+    for code, expected in cases:
+        np.testing.assert_array_equal(execute(code, a, b, out=np.float32), expected)
 
 
 def test_f32_flushes_subnormals_of_operands_and_results():
@@ -140,7 +138,7 @@ def test_packed_arithmetic_is_two_of_the_single_one(kind, operation):
     np.testing.assert_array_equal(both >> 16, np.roll(single, 1))
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
 def test_extrema(kind):
     fmt = FORMATS[kind]
 
@@ -155,11 +153,10 @@ def test_extrema(kind):
 
     for name, largest in (("max", True), ("min", False)):
         check(fmt, f"{name}.{kind} d, a, b;", product(fmt, 2), extremum(largest, False))
-        if kind != "f64":
-            check(fmt, f"{name}.NaN.{kind} d, a, b;", product(fmt, 2), extremum(largest, True))
+        check(fmt, f"{name}.NaN.{kind} d, a, b;", product(fmt, 2), extremum(largest, True))
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
 def test_negation_and_magnitude_touch_the_sign_alone(kind):
     fmt = FORMATS[kind]
     (a,) = product(fmt, 1)
@@ -363,7 +360,7 @@ def test_float_to_integral_float():
 ORDERED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "f64"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
 def test_float_comparisons(kind):
     fmt = FORMATS[kind]
     a, b = product(fmt, 2)

@@ -163,6 +163,12 @@ UNKNOWN = """
     [
         "dp4a.u32.u32 %r1, %r1, %r1, %r1;",
         "add.sat.u32 %r1, %r1, %r1;",
+        "add.u32 %r1, %r1;",
+        "add.u32 %r1, %r1, %r1, %r1;",
+        "ret %r1;",
+        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1}, [%r2];",
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1, %r2, %r1, %r2}, {%r1}, {%r1, %r2}, {%r1, %r2, %r1, %r2};",
+        "ld.global.v8.b32 {%r1, %r1, %r1, %r1, %r1, %r1, %r1, %r1}, [%r2];",
         "add.f31 %r1, %r1, %r1;",
         "ld.global.L3::evict.u32 %r1, [%r2];",
         "mov.u32 %r1, %clock;",

@@ -7,24 +7,15 @@
 namespace ptxsim {
 namespace {
 
-// The memory that an address means: that of the instruction, or for a generic address that of its window.
-Space resolve(Space space, uint64_t& address) {
-  if (space != Space::GENERIC) return space;
-  space = Space(address >> WINDOW_BITS);
-  address &= (uint64_t{1} << WINDOW_BITS) - 1;
-  return space;
-}
-
 uint8_t* local_bytes(Warp& w, int lane, uint64_t address, uint32_t size, const char* what) {
   Machine& machine = *w.machine;
-  bool outside = address + size > machine.local_bytes;
-  if (outside && machine.checks_for(Check::BOUNDS))
+  check_alignment(w, lane, address, size, what);
+  if (address + size <= machine.local_bytes) return &machine.local[size_t(w.thread(lane)) * machine.local_bytes + address];
+  if (machine.checks_for(Check::BOUNDS))
     machine.fault(w, lane, Fault::OUT_OF_BOUNDS,
                   what + std::to_string(size) + " bytes at local memory + " + std::to_string(address) + " (of " +
                       std::to_string(machine.local_bytes) + " bytes)");
-  if (address % size && machine.checks_for(Check::ALIGNMENT))
-    machine.fault(w, lane, Fault::MISALIGNED, what + std::string("local memory + ") + std::to_string(address));
-  return outside ? nullptr : &machine.local[size_t(w.thread(lane)) * machine.local_bytes + address];
+  return nullptr;
 }
 
 const uint8_t* param_bytes(Warp& w, int lane, uint64_t address, uint32_t size) {

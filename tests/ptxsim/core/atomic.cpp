@@ -25,13 +25,8 @@ template <class T, auto F> void update(Warp& w, const Instr& i, Mask m) {
   for (Mask rest = m; rest; rest &= rest - 1) {
     int lane = __builtin_ctz(rest);
     uint64_t address = w.address(i.a[1], i.a[2], i.a[3], lane);
-    Space space = Space(i.a[4]);
-    if (space == Space::GENERIC) {
-      space = Space(address >> WINDOW_BITS);
-      address &= (uint64_t{1} << WINDOW_BITS) - 1;
-    }
     uint8_t* where;
-    if (space == Space::SHARED) {
+    if (resolve(Space(i.a[4]), address) == Space::SHARED) {
       where = w.machine->shared.atomic(w, lane, address, sizeof(T));
       wavefronts.add(lane, uint32_t(address));
     } else {
@@ -70,11 +65,9 @@ void add_atomic(Table& t) {
   add_integers<int32_t>(t, "s32");
   add_integers<uint64_t>(t, "u64");
   add_integers<int64_t>(t, "s64");
-  add_bits<uint16_t>(t, "b16");
   add_bits<uint32_t>(t, "b32");
   add_bits<uint64_t>(t, "b64");
   t["atom.inc.u32"] = {update<uint32_t, [](uint32_t old, uint32_t b) { return old >= b ? 0 : old + 1; }>};
-  t["atom.dec.u32"] = {update<uint32_t, [](uint32_t old, uint32_t b) { return old == 0 || b < old ? b : old - 1; }>};
   t["atom.add.f32"] = {update<float, sum<float>>};
   t["atom.add.f64"] = {update<double, sum<double>>};
   t["atom.add.f16"] = {update<Half, sum<Half>>};

@@ -1,4 +1,4 @@
-// What lanes of a warp do together: shfl, vote, match, redux.
+// What lanes of a warp do together: bar.warp.sync, shfl, vote, match, redux.
 #include <algorithm>
 
 #include "machine.h"
@@ -17,6 +17,12 @@ void check_members(Warp& w, Mask lanes, int32_t members) {
     if (mask & w.live & ~lanes)
       w.machine->fault(w, lane, Fault::DIVERGENT_BARRIER, "meets in a warp collective with lanes that are elsewhere");
   }
+}
+
+// a: members
+void warp_sync(Warp& w, const Instr& i, Mask lanes) {
+  check_members(w, lanes, i.a[0]);
+  w.machine->shared.next_epoch(uint32_t(w.index));
 }
 
 enum Shuffle { UP, DOWN, BFLY, IDX };
@@ -60,22 +66,22 @@ void ballot(Warp& w, const Instr& i, Mask m) {
   for_members(w, m, i.a[3], [&](int lane, Mask members) { w.reg<Mask>(i.a[0])[lane] = holds & members; });
 }
 
-enum Vote { ALL, ANY, UNI };
+enum Vote { ALL, ANY };
 
 template <Vote MODE> void vote(Warp& w, const Instr& i, Mask m) {
   Mask holds = w.pred(i.a[1]) ^ Mask(i.a[2]), result = 0;
   for_members(w, m, i.a[3], [&](int lane, Mask members) {
     Mask yes = holds & members;
-    bool value = MODE == ANY ? yes != 0 : yes == members || (MODE == UNI && yes == 0);
+    bool value = MODE == ANY ? yes != 0 : yes == members;
     result |= Mask(value) << lane;
   });
   w.pred(i.a[0]) = (w.pred(i.a[0]) & ~m) | result;
 }
 
 // a: result, source, members
-template <class T> void match_any(Warp& w, const Instr& i, Mask m) {
-  T x[LANES];
-  std::copy_n(w.reg<T>(i.a[1]), LANES, x);
+void match_any(Warp& w, const Instr& i, Mask m) {
+  uint32_t x[LANES];
+  std::copy_n(w.reg<uint32_t>(i.a[1]), LANES, x);
   for_members(w, m, i.a[2], [&](int lane, Mask members) {
     w.reg<Mask>(i.a[0])[lane] = which_lanes(members, [&](int l) { return x[l] == x[lane]; });
   });
@@ -101,6 +107,7 @@ void active_mask(Warp& w, const Instr& i, Mask m) {
 }  // namespace
 
 void add_collective(Table& t) {
+  t["bar.warp.sync"] = {warp_sync};
   t["shfl.sync.up.b32"] = {shuffle<UP>};
   t["shfl.sync.down.b32"] = {shuffle<DOWN>};
   t["shfl.sync.bfly.b32"] = {shuffle<BFLY>};
@@ -108,9 +115,7 @@ void add_collective(Table& t) {
   t["vote.sync.ballot.b32"] = {ballot};
   t["vote.sync.all.pred"] = {vote<ALL>};
   t["vote.sync.any.pred"] = {vote<ANY>};
-  t["vote.sync.uni.pred"] = {vote<UNI>};
-  t["match.any.sync.b32"] = {match_any<uint32_t>};
-  t["match.any.sync.b64"] = {match_any<uint64_t>};
+  t["match.any.sync.b32"] = {match_any};
   using U = uint32_t;
   using S = int32_t;
   t["redux.sync.add.u32"] = t["redux.sync.add.s32"] = {reduce<U, [](U x, U y) { return x + y; }>};

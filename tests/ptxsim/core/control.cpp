@@ -71,18 +71,6 @@ void reduce(Warp& w, const Instr& i, Mask lanes) {
   w.reduction = &i;
 }
 
-// a: member mask
-void warp_sync(Warp& w, const Instr& i, Mask lanes) {
-  if (w.machine->checks_for(Check::BARRIERS))
-    for (Mask rest = lanes; rest; rest &= rest - 1) {
-      int lane = __builtin_ctz(rest);
-      Mask members = w.reg<Mask>(i.a[0])[lane];
-      if (!(members >> lane & 1) || (members & w.live & ~lanes))
-        w.machine->fault(w, lane, Fault::DIVERGENT_BARRIER, "waits for lanes that are elsewhere");
-    }
-  w.machine->shared.next_epoch(uint32_t(w.index));
-}
-
 }  // namespace
 
 void add_control(Table& t) {
@@ -94,7 +82,6 @@ void add_control(Table& t) {
   t["bar.sync"] = {sync};
   t["bar.arrive"] = {arrive_only};
   t["bar.red"] = {reduce};
-  t["bar.warp.sync"] = {warp_sync};
 }
 
 }  // namespace ptxsim

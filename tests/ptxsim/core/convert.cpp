@@ -207,7 +207,6 @@ void add_convert(Table& t) {
   add_comparison<int64_t>(t, {"s64"});
   add_comparison<uint64_t>(t, {"u64", "b64"});
   add_comparison<float>(t, {"f32"}, FTZ);
-  add_comparison<double>(t, {"f64"});
   add_comparison<Half>(t, {"f16"}, FTZ);
   add_comparison<Bf16>(t, {"bf16"});
   t["setp.f16x2"] = {setp<Half, 2>, FTZ};

@@ -61,42 +61,18 @@ template <class T> T magnitude(T x) { return std::fabs(x); }
 template <int E, int M> Small<E, M> negate(Small<E, M> x) { return {uint16_t(x.bits ^ 0x8000)}; }
 template <int E, int M> Small<E, M> magnitude(Small<E, M> x) { return {uint16_t(x.bits & 0x7FFF)}; }
 
-// a: result, sources. A register holds PER values a lane. F computes one of them.
 template <auto F, int PER, class T, class... S> void arithmetic(Warp& w, const Instr& i, Mask m) {
-  [&]<size_t... N>(std::index_sequence<N...>) {
-    T* d = w.reg<T>(i.a[0]);
-    auto sources = std::make_tuple(w.reg<const S>(i.a[1 + N])...);
-    Rounding rounding(i.mods);
-    uint32_t mods = i.mods;
-    if (mods & (FTZ | SAT | RELU)) {
-      auto in = [=](T v) { return mods & FTZ ? flush(v) : v; };
-      for_lanes(m, [=](int l) {
-        for (int e = l * PER; e < l * PER + PER; ++e) d[e] = finish(F(in(std::get<N>(sources)[e])...), mods);
-      });
-    } else {
-      for_lanes(m, [=](int l) {
-        for (int e = l * PER; e < l * PER + PER; ++e) {
-          T value = F(std::get<N>(sources)[e]...);
-          d[e] = is_nan(value) ? canonical_nan<T>() : value;
-        }
-      });
-    }
-  }(std::index_sequence_for<S...>{});
+  Rounding rounding(i.mods);
+  uint32_t mods = i.mods;
+  auto in = [=](T v) { return mods & FTZ ? flush(v) : v; };
+  if (mods & (FTZ | SAT | RELU)) elementwise<PER, T, S...>(w, i, m, [=](S... x) { return finish(F(in(x)...), mods); });
+  else elementwise<PER, T, S...>(w, i, m, [](S... x) { return finish(F(x...), 0); });
 }
 
 // neg, abs and copysign touch the sign bit alone, of a NaN too.
 template <auto F, int PER, class T, class... S> void signs(Warp& w, const Instr& i, Mask m) {
-  [&]<size_t... N>(std::index_sequence<N...>) {
-    T* d = w.reg<T>(i.a[0]);
-    auto sources = std::make_tuple(w.reg<const S>(i.a[1 + N])...);
-    bool ftz = i.mods & FTZ;
-    for_lanes(m, [=](int l) {
-      for (int e = l * PER; e < l * PER + PER; ++e) {
-        T value = F(std::get<N>(sources)[e]...);
-        d[e] = ftz ? flush(value) : value;
-      }
-    });
-  }(std::index_sequence_for<S...>{});
+  bool ftz = i.mods & FTZ;
+  elementwise<PER, T, S...>(w, i, m, [=](S... x) { return ftz ? flush(F(x...)) : F(x...); });
 }
 
 template <class T, int PER, bool LARGEST> void extremum_of(Warp& w, const Instr& i, Mask m) {
@@ -104,49 +80,46 @@ template <class T, int PER, bool LARGEST> void extremum_of(Warp& w, const Instr&
   else arithmetic<extremum<T, LARGEST, false>, PER, T, T, T>(w, i, m);
 }
 
-template <class T, int PER> void add_common(Table& t, const std::string& type, uint32_t roundings, uint32_t mods) {
-  t["add." + type] = {arithmetic<[](T x, T y) { return from<T>(wide(x) + wide(y)); }, PER, T, T, T>, roundings | mods};
-  t["sub." + type] = {arithmetic<[](T x, T y) { return from<T>(wide(x) - wide(y)); }, PER, T, T, T>, roundings | mods};
-  t["mul." + type] = {arithmetic<[](T x, T y) { return from<T>(wide(x) * wide(y)); }, PER, T, T, T>, roundings | mods};
-  t["fma." + type] = {arithmetic<fused<T>, PER, T, T, T, T>, roundings | mods | (sizeof(T) == 2 ? uint32_t(RELU) : 0)};
+template <class T, int PER> void add_sums(Table& t, const std::string& type, uint32_t mods) {
+  t["add." + type] = {arithmetic<[](T x, T y) { return from<T>(wide(x) + wide(y)); }, PER, T, T, T>, mods};
+  t["sub." + type] = {arithmetic<[](T x, T y) { return from<T>(wide(x) - wide(y)); }, PER, T, T, T>, mods};
+  t["mul." + type] = {arithmetic<[](T x, T y) { return from<T>(wide(x) * wide(y)); }, PER, T, T, T>, mods};
+  t["fma." + type] = {arithmetic<fused<T>, PER, T, T, T, T>, mods | (sizeof(T) == 2 ? uint32_t(RELU) : 0)};
+}
+
+template <class T, int PER> void add_all(Table& t, const std::string& type, uint32_t mods) {
+  add_sums<T, PER>(t, type, mods);
   t["max." + type] = {extremum_of<T, PER, true>, (mods & FTZ) | NANS};
   t["min." + type] = {extremum_of<T, PER, false>, (mods & FTZ) | NANS};
   t["neg." + type] = {signs<[](T x) { return negate(x); }, PER, T, T>, mods & FTZ};
   t["abs." + type] = {signs<[](T x) { return magnitude(x); }, PER, T, T>, mods & FTZ};
-  // The hardware approximates these; here they are evaluated in double and rounded.
-  t["ex2." + type] = {arithmetic<[](T x) { return from<T>(Work<T>(std::exp2(double(wide(x))))); }, PER, T, T>,
-                      APPROX | FTZ};
-  t["tanh." + type] = {arithmetic<[](T x) { return from<T>(Work<T>(std::tanh(double(wide(x))))); }, PER, T, T>, APPROX};
 }
 
-template <class T> void add_native(Table& t, const std::string& type, uint32_t mods) {
-  t["mad." + type] = t["fma." + type];
-  t["div." + type] = {arithmetic<[](T x, T y) { return x / y; }, 1, T, T, T>, mods | FULL};
-  t["rcp." + type] = {arithmetic<[](T x) { return 1 / x; }, 1, T, T>, mods};
-  t["sqrt." + type] = {arithmetic<[](T x) { return std::sqrt(x); }, 1, T, T>, mods};
-  t["copysign." + type] = {signs<[](T x, T y) { return std::copysign(y, x); }, 1, T, T, T>};
-}
+// The hardware approximates it; here it is evaluated in double and rounded.
+template <auto F> constexpr Handler approximate = arithmetic<[](float x) { return float(F(double(x))); }, 1, float, float>;
 
 }  // namespace
 
 void add_float(Table& t) {
-  constexpr uint32_t ALL_ROUNDINGS = RN | RZ | RM | RP;
-  add_common<float, 1>(t, "f32", ALL_ROUNDINGS, FTZ | SAT);
-  add_common<double, 1>(t, "f64", ALL_ROUNDINGS, 0);
-  add_common<Half, 1>(t, "f16", RN, FTZ | SAT);
-  add_common<Half, 2>(t, "f16x2", RN, FTZ | SAT);
-  add_common<Bf16, 1>(t, "bf16", RN, 0);
-  add_common<Bf16, 2>(t, "bf16x2", RN, 0);
-  add_native<float>(t, "f32", ALL_ROUNDINGS | FTZ | APPROX);
-  add_native<double>(t, "f64", ALL_ROUNDINGS);
-  constexpr auto lg2 = [](float x) { return float(std::log2(double(x))); };
-  constexpr auto rsqrt = [](float x) { return float(1 / std::sqrt(double(x))); };
-  constexpr auto sine = [](float x) { return float(std::sin(double(x))); };
-  constexpr auto cosine = [](float x) { return float(std::cos(double(x))); };
-  t["lg2.f32"] = {arithmetic<lg2, 1, float, float>, APPROX | FTZ};
-  t["rsqrt.f32"] = {arithmetic<rsqrt, 1, float, float>, APPROX | FTZ};
-  t["sin.f32"] = {arithmetic<sine, 1, float, float>, APPROX | FTZ};
-  t["cos.f32"] = {arithmetic<cosine, 1, float, float>, APPROX | FTZ};
+  constexpr uint32_t ALL_ROUNDINGS = RN | RZ | RM | RP, NATIVE = ALL_ROUNDINGS | FTZ | APPROX;
+  add_all<float, 1>(t, "f32", ALL_ROUNDINGS | FTZ | SAT);
+  add_sums<double, 1>(t, "f64", ALL_ROUNDINGS);
+  add_all<Half, 1>(t, "f16", RN | FTZ | SAT);
+  add_all<Half, 2>(t, "f16x2", RN | FTZ | SAT);
+  add_all<Bf16, 1>(t, "bf16", RN);
+  add_all<Bf16, 2>(t, "bf16x2", RN);
+  using F = float;
+  t["mad.f32"] = t["fma.f32"];
+  t["div.f32"] = {arithmetic<[](F x, F y) { return x / y; }, 1, F, F, F>, NATIVE | FULL};
+  t["rcp.f32"] = {arithmetic<[](F x) { return 1 / x; }, 1, F, F>, NATIVE};
+  t["sqrt.f32"] = {arithmetic<[](F x) { return std::sqrt(x); }, 1, F, F>, NATIVE};
+  t["copysign.f32"] = {signs<[](F x, F y) { return std::copysign(y, x); }, 1, F, F, F>};
+  t["ex2.f32"] = {approximate<[](double x) { return std::exp2(x); }>, APPROX | FTZ};
+  t["lg2.f32"] = {approximate<[](double x) { return std::log2(x); }>, APPROX | FTZ};
+  t["rsqrt.f32"] = {approximate<[](double x) { return 1 / std::sqrt(x); }>, APPROX | FTZ};
+  t["sin.f32"] = {approximate<[](double x) { return std::sin(x); }>, APPROX | FTZ};
+  t["cos.f32"] = {approximate<[](double x) { return std::cos(x); }>, APPROX | FTZ};
+  t["tanh.f32"] = {approximate<[](double x) { return std::tanh(x); }>, APPROX};
 }
 
 }  // namespace ptxsim

@@ -92,12 +92,6 @@ u32 lop3(u32 a, u32 b, u32 c, u32 table) {
 u32 funnel_left(u32 a, u32 b, u32 n) { return u32((u64(b) << 32 | a) << n >> 32); }
 u32 funnel_right(u32 a, u32 b, u32 n) { return u32((u64(b) << 32 | a) >> n); }
 
-template <class T> T reverse(T x) {
-  T result = 0;
-  for (u32 b = 0; b < BITS<T>; ++b) result |= (x >> b & 1) << (BITS<T> - 1 - b);
-  return result;
-}
-
 // a: result, if true, if false, predicate, flip
 template <class T> void select(Warp& w, const Instr& i, Mask m) {
   T* d = w.reg<T>(i.a[0]);
@@ -131,19 +125,17 @@ template <class T> void add_arithmetic(Table& t, const std::string& type) {
   t["mul.lo." + type] = {lanewise<low<T>, T, T, T>};
   t["mul.hi." + type] = {lanewise<high<T>, T, T, T>};
   t["mad.lo." + type] = {lanewise<[](T x, T y, T z) { return plus(low(x, y), z); }, T, T, T, T>};
-  t["mad.hi." + type] = {lanewise<[](T x, T y, T z) { return plus(high(x, y), z); }, T, T, T, T>};
   if constexpr (sizeof(T) < 8) {
     t["mul.wide." + type] = {lanewise<[](T x, T y) { return W(x) * W(y); }, W, T, T>};
     t["mad.wide." + type] = {lanewise<[](T x, T y, W z) { return plus(W(W(x) * W(y)), z); }, W, T, T, W>};
   }
-  t["div." + type] = {lanewise<quotient<T>, T, T, T>};
-  t["rem." + type] = {lanewise<[](T x, T y) { return y ? minus(x, low(y, quotient(x, y))) : x; }, T, T, T>};
   t["min." + type] = {lanewise<[](T x, T y) { return std::min(x, y); }, T, T, T>};
   t["max." + type] = {lanewise<[](T x, T y) { return std::max(x, y); }, T, T, T>};
   t["shr." + type] = {lanewise<[](T x, u32 n) { return n < BITS<T> ? T(x >> n) : T(x < 0 ? -1 : 0); }, T, T, u32>};
   if constexpr (sizeof(T) >= 4) {
+    t["div." + type] = {lanewise<quotient<T>, T, T, T>};
+    t["rem." + type] = {lanewise<[](T x, T y) { return y ? minus(x, low(y, quotient(x, y))) : x; }, T, T, T>};
     t["bfe." + type] = {lanewise<extract<T>, T, T, u32, u32>};
-    t["bfind." + type] = {lanewise<[](T x) { return u32(std::bit_width(Unsigned<T>(x < 0 ? ~x : x))) - 1; }, u32, T>};
   }
   if constexpr (std::is_signed_v<T>) {
     t["neg." + type] = {lanewise<[](T x) { return minus(T(0), x); }, T, T>};
@@ -161,25 +153,12 @@ template <class T> void add_bits(Table& t, const std::string& bits) {
   if constexpr (sizeof(T) >= 4) {
     t["popc.b" + bits] = {lanewise<[](T x) { return std::popcount(x); }, u32, T>};
     t["clz.b" + bits] = {lanewise<[](T x) { return std::countl_zero(x); }, u32, T>};
-    t["brev.b" + bits] = {lanewise<reverse<T>, T, T>};
     t["bfi.b" + bits] = {lanewise<insert<T>, T, T, T, u32, u32>};
   }
   for (std::string kind : {"b", "s", "u", "f"}) {
     t["mov." + kind + bits] = {lanewise<[](T x) { return x; }, T, T>};
     t["selp." + kind + bits] = {select<T>};
-    t["slct." + kind + bits + ".s32"] = {
-        lanewise<[](T x, T y, int32_t c) { return c >= 0 ? x : y; }, T, T, T, int32_t>};
-    t["slct." + kind + bits + ".f32"] = {lanewise<[](T x, T y, float c) { return c >= 0 ? x : y; }, T, T, T, float>};
   }
-}
-
-int32_t saturate(int64_t x) { return int32_t(std::clamp<int64_t>(x, INT32_MIN, INT32_MAX)); }
-
-// s32 alone has a saturating form.
-template <auto WRAPPING, auto SATURATING> void maybe_saturating(Warp& w, const Instr& i, Mask m) {
-  using S = int32_t;
-  if (i.mods & SAT) lanewise<SATURATING, S, S, S>(w, i, m);
-  else lanewise<WRAPPING, S, S, S>(w, i, m);
 }
 
 }  // namespace
@@ -191,8 +170,6 @@ void add_integer(Table& t) {
   add_arithmetic<u32>(t, "u32");
   add_arithmetic<int64_t>(t, "s64");
   add_arithmetic<u64>(t, "u64");
-  t["add.s32"] = {maybe_saturating<plus<int32_t>, [](int64_t x, int64_t y) { return saturate(x + y); }>, SAT};
-  t["sub.s32"] = {maybe_saturating<minus<int32_t>, [](int64_t x, int64_t y) { return saturate(x - y); }>, SAT};
   add_bits<uint16_t>(t, "16");
   add_bits<u32>(t, "32");
   add_bits<u64>(t, "64");

@@ -167,13 +167,19 @@ template <class F> inline void for_lanes(Mask mask, F f) {
   }
 }
 
-// The handler of an operation whose lanes are independent: D d = F(S x, ...). a: result, sources.
-template <auto F, class D, class... S> void lanewise(Warp& w, const Instr& i, Mask mask) {
+// D d = f(S x, ...) for each lane and each of the PER values that a register holds for it. a: result, sources.
+template <int PER, class D, class... S, class F> void elementwise(Warp& w, const Instr& i, Mask mask, F f) {
   [&]<size_t... N>(std::index_sequence<N...>) {
     D* d = w.reg<D>(i.a[0]);
     auto sources = std::make_tuple(w.reg<const S>(i.a[1 + N])...);
-    for_lanes(mask, [=](int lane) { d[lane] = F(std::get<N>(sources)[lane]...); });
+    for_lanes(mask, [=](int lane) {
+      for (int e = lane * PER; e < lane * PER + PER; ++e) d[e] = f(std::get<N>(sources)[e]...);
+    });
   }(std::index_sequence_for<S...>{});
+}
+
+template <auto F, class D, class... S> void lanewise(Warp& w, const Instr& i, Mask mask) {
+  elementwise<1, D, S...>(w, i, mask, F);
 }
 
 // The mask of those lanes for which f(lane) holds.

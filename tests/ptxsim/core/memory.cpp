@@ -16,13 +16,6 @@ Allocation::Flag flag(Use use) {
   return use == Use::READ ? Allocation::READ : use == Use::WRITE ? Allocation::WRITTEN : Allocation::ATOMIC;
 }
 
-void check_alignment(Warp& w, int lane, uint64_t address, uint32_t size, const char* what) {
-  if (address % size && w.machine->checks_for(Check::ALIGNMENT))
-    w.machine->fault(w, lane, Fault::MISALIGNED,
-                     std::string(what) + bytes(size) + " at an address that is " + std::to_string(address % size) +
-                         " past a multiple of " + std::to_string(size));
-}
-
 // Holds a use against those of other blocks, and records it. Two strong ones do not conflict.
 void check_blocks(Warp& w, int lane, Allocation& a, uint64_t address, uint64_t granule, Use use, bool strong) {
   int32_t me = int32_t(w.block->index) + 1;
@@ -42,6 +35,13 @@ void check_blocks(Warp& w, int lane, Allocation& a, uint64_t address, uint64_t g
 }
 
 }  // namespace
+
+void check_alignment(Warp& w, int lane, uint64_t address, uint32_t size, const char* what) {
+  if (address % size && w.machine->checks_for(Check::ALIGNMENT))
+    w.machine->fault(w, lane, Fault::MISALIGNED,
+                     std::string(what) + bytes(size) + " at an address that is " + std::to_string(address % size) +
+                         " past a multiple of " + std::to_string(size));
+}
 
 std::string Memory::describe(uint64_t address) const {
   uint64_t range = address >> RANGE_BITS, offset = address & ((uint64_t{1} << RANGE_BITS) - 1);

@@ -59,6 +59,17 @@ constexpr int RANGE_BITS = 36;
 constexpr int WINDOW_BITS = 56;
 enum class Space : uint64_t { GLOBAL = 0, SHARED = 1, LOCAL = 2, PARAM = 3, GENERIC = 4 };
 
+// The memory that an address means: that of the instruction, or for a generic address that of its window.
+inline Space resolve(Space space, uint64_t& address) {
+  if (space != Space::GENERIC) return space;
+  space = Space(address >> WINDOW_BITS);
+  address &= (uint64_t{1} << WINDOW_BITS) - 1;
+  return space;
+}
+
+// Faults if `address` is no multiple of `size`.
+void check_alignment(Warp& w, int lane, uint64_t address, uint32_t size, const char* what);
+
 struct Memory {
   Allocation* allocations;
   const char** names;

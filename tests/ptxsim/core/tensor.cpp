@@ -48,13 +48,13 @@ using ptxsim::widen;
 // for 16-bit types and 1 for tf32:
 //   A:    row g + 8 (r % 2), column P t + 4 P (r / 2) + e
 //   B:    row P t + 4 P r + e, column g
-//   C, D: row g + 8 (r / 2), column 2 t + r % 2 for floats; row g + 8 r, column 2 t + e for halves
+//   C, D: row g + 8 (r / 2), column 2 t + r % 2
 // Products are exact in float; they are added to C one by one in the order of k, each sum rounded to float.
 // a: D, A, B, C registers
-template <class T, int K, class Acc> void multiply(Warp& w, const Instr& i, Mask m) {
+template <class T, int K> void multiply(Warp& w, const Instr& i, Mask m) {
   check_warp(w, m);
   constexpr int P = 4 / sizeof(T), A_REGS = 16 * K / LANES / P, B_REGS = 8 * K / LANES / P;
-  constexpr int E = 4 / sizeof(Acc), C_REGS = 4 / E;
+  constexpr int C_REGS = 4;
   const int32_t *d = i.a, *a = d + C_REGS, *b = a + A_REGS, *c = b + B_REGS;
   float A[16][K], B[K][8], C[16][8];
   auto each = [](int registers, int elements, auto f) {
@@ -63,20 +63,18 @@ template <class T, int K, class Acc> void multiply(Warp& w, const Instr& i, Mask
         for (int t = 0; t < 4; ++t)
           for (int e = 0; e < elements; ++e) f(r, g, t, e, (4 * g + t) * elements + e);
   };
-  auto sum = [&](int r, int g, int t, int e) -> float& {
-    return E == 1 ? C[g + 8 * (r / 2)][2 * t + r % 2] : C[g + 8 * r][2 * t + e];
-  };
+  auto sum = [&](int r, int g, int t) -> float& { return C[g + 8 * (r / 2)][2 * t + r % 2]; };
   each(A_REGS, P, [&](int r, int g, int t, int e, int n) {
     A[g + 8 * (r % 2)][P * t + 4 * P * (r / 2) + e] = widen(w.reg<T>(a[r])[n]);
   });
   each(B_REGS, P, [&](int r, int g, int t, int e, int n) { B[P * t + 4 * P * r + e][g] = widen(w.reg<T>(b[r])[n]); });
-  each(C_REGS, E, [&](int r, int g, int t, int e, int n) { sum(r, g, t, e) = widen(w.reg<Acc>(c[r])[n]); });
+  each(C_REGS, 1, [&](int r, int g, int t, int, int n) { sum(r, g, t) = w.reg<float>(c[r])[n]; });
   for (int k = 0; k < K; ++k)
     for (int x = 0; x < 16; ++x)
       for (int y = 0; y < 8; ++y) C[x][y] = std::fma(A[x][k], B[k][y], C[x][y]);
-  each(C_REGS, E, [&](int r, int g, int t, int e, int n) {
-    float value = sum(r, g, t, e);
-    w.reg<Acc>(d[r])[n] = narrow<Acc>(std::isnan(value) ? canonical_nan<float>() : value);
+  each(C_REGS, 1, [&](int r, int g, int t, int, int n) {
+    float value = sum(r, g, t);
+    w.reg<float>(d[r])[n] = std::isnan(value) ? canonical_nan<float>() : value;
   });
   w.machine->counters.macs += 16 * 8 * K;
 }
@@ -91,14 +89,12 @@ void add_tensor(Table& t) {
   t[load + "x1.trans.b16"] = {load_matrix<1, true>};
   t[load + "x2.trans.b16"] = {load_matrix<2, true>};
   t[load + "x4.trans.b16"] = {load_matrix<4, true>};
-  t["mma.m16n8k8.f32.f16.f16.f32"] = {multiply<Half, 8, float>};
-  t["mma.m16n8k16.f32.f16.f16.f32"] = {multiply<Half, 16, float>};
-  t["mma.m16n8k8.f16.f16.f16.f16"] = {multiply<Half, 8, Half>};
-  t["mma.m16n8k16.f16.f16.f16.f16"] = {multiply<Half, 16, Half>};
-  t["mma.m16n8k8.f32.bf16.bf16.f32"] = {multiply<Bf16, 8, float>};
-  t["mma.m16n8k16.f32.bf16.bf16.f32"] = {multiply<Bf16, 16, float>};
-  t["mma.m16n8k4.f32.tf32.tf32.f32"] = {multiply<Tf32, 4, float>};
-  t["mma.m16n8k8.f32.tf32.tf32.f32"] = {multiply<Tf32, 8, float>};
+  t["mma.m16n8k8.f32.f16.f16.f32"] = {multiply<Half, 8>};
+  t["mma.m16n8k16.f32.f16.f16.f32"] = {multiply<Half, 16>};
+  t["mma.m16n8k8.f32.bf16.bf16.f32"] = {multiply<Bf16, 8>};
+  t["mma.m16n8k16.f32.bf16.bf16.f32"] = {multiply<Bf16, 16>};
+  t["mma.m16n8k4.f32.tf32.tf32.f32"] = {multiply<Tf32, 4>};
+  t["mma.m16n8k8.f32.tf32.tf32.f32"] = {multiply<Tf32, 8>};
 }
 
 }  // namespace ptxsim
