@@ -241,6 +241,7 @@ void SharedMemory::check_each_warp(Warp& w, int lane, uint64_t address, uint32_t
 }
 
 void SharedMemory::check_updaters(Warp& w, int lane, uint64_t address, uint32_t bytes_, const char* what) {
+  if (updaters.empty()) return;
   for (uint32_t b = 0; b < bytes_; ++b)
     if (state[address + b] & UPDATED) check_each_warp(w, lane, address + b, 1, what, " updated", updaters);
 }
