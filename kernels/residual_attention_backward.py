@@ -249,7 +249,9 @@ def plan_rows(
     grad_row_sum: (B, H, L), contiguous. keep_scale: of a dropped map, whose signs are its mask; else None. The pitch
     holds all columns of the tile's blocks; those beyond S become 0.
     """
-    tile = tiles.backward(target, key.dtype, scores[3], dropped=keep_scale is not None)
+    tile = tiles.backward(
+        target, key.dtype, scores[3], max(key.shape[3], value.shape[3]), dropped=keep_scale is not None
+    )
     rows = Rows(scores, keys=(key, value), rows=(grad_y, weights, grad_weights, grad_scores, grad_query))
     arguments = {
         "dy": grad_y, "v": value, "k": key, "weights": weights, "dweights": grad_weights, "drow_sum": grad_row_sum,

@@ -2,9 +2,9 @@
 
 What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
 than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time, and blocks of at most
-64 columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. The
-16-bit entries need at most 99 KiB of shared memory, so one table serves every GPU from sm_80 up; ``target`` is there to
-tell them apart where that is measured to pay.
+64 columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. One
+table serves every GPU from sm_80 up; entries that need more than the 99 KiB of shared memory that some of them have are
+only taken where there is more. (sm_100 stages more, and has 227 KiB.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from bda_fused.kernels.launch import Target
+from bda_fused.kernels.launch import KIB, Target
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -72,7 +72,7 @@ def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) 
     if columns > WHOLE:
         return Tile(64, ((64,),), 32, 64, 4)
     if dtype == torch.float32:
-        return _single_precision(columns)
+        return _single_precision(target, columns)
     if columns <= 128 and dropped:
         return Tile(128, split(columns, 1, (64, 16)), 32, 32, 4)
     if columns <= 128:
@@ -87,12 +87,12 @@ def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) 
     return Tile(64, split(columns, 4, (64, 32, 16)), 16, 16, 4)
 
 
-def backward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) -> Tile:
-    """The tile of the backward's row kernel for score rows of so many columns."""
+def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool) -> Tile:
+    """The tile of the backward's row kernel for score rows of so many columns, and keys and values so wide."""
     if columns > WHOLE:
         return Tile(64, ((64,),), 32, 32, 4)
     if dtype == torch.float32:
-        return _single_precision(columns)
+        return _single_precision(target, columns)
     if columns <= 128:
         return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
     if columns <= 224:
@@ -100,14 +100,20 @@ def backward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool)
     if columns <= 320 and dropped:
         return Tile(128, split(columns, 4, (32, 16)), 16, 32, 8)
     if columns <= 320:
-        return Tile(128, split(columns, 4, (32, 16)), 64, 64, 8)
+        step = 64 if width % 64 <= 32 else 32  # a rest of 64 columns would take more registers than there are
+        return Tile(128, split(columns, 4, (32, 16)), step, step, 8)
     return Tile(64, split(columns, 6, (64, 32, 16)), 16, 16, 4)
 
 
-def _single_precision(columns: int) -> Tile:
-    """float32 weights take twice the registers, and three TF32 products hold both halves of their operands."""
+def _single_precision(target: Target, columns: int) -> Tile:
+    """float32 weights take twice the registers, and three TF32 products hold both halves of their operands.
+
+    Groups of one block each spill least, and more than 4 of them take 104 KiB of shared memory.
+    """
     if columns <= 128:
         return Tile(64, split(columns, 1, (64, 16)), 32, 32, 4)
+    if columns > 256 and target.shared_memory < 104 * KIB:
+        return Tile(32, split(columns, -(-columns // 80), (64, 16)), 32, 16, 4)
     return Tile(32, split(columns, -(-columns // 64), (64, 16)), 32, 16, 4)
 
 
