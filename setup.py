@@ -25,7 +25,15 @@ from setuptools.errors import PlatformError
 ROOT = Path(__file__).parent.resolve()
 PACKAGES = ["bda_fused", "bda_fused.backends", "bda_fused.bench", "bda_fused.kernels", "bda_fused.zsl"]
 CPU_SOURCES = ("csrc/cpu/bindings.cpp", "csrc/cpu/batch_sum.cpp")
-CUDA_SOURCES = ("csrc/cuda/bindings.cpp", "csrc/cuda/batch_sum.cu", "csrc/cuda/versions.cu")
+CUDA_SOURCES = (
+    "csrc/cuda/bindings.cpp",
+    "csrc/cuda/residual_attention_forward.cu",  # the longest first: they compile side by side
+    "csrc/cuda/residual_attention_backward.cu",
+    "csrc/cuda/pack_rows.cu",
+    "csrc/cuda/batch_sum.cu",
+    "csrc/cuda/launch.cu",
+    "csrc/cuda/versions.cu",
+)
 DEFAULT_ARCHES = ("80", "90", "100", "120")
 BYTES_PER_JOB = 2 * 1024**3  # what one nvcc may take
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")

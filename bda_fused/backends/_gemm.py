@@ -61,6 +61,14 @@ def summed_product(a: Tensor, b: Tensor, shape: tuple[int, ...], *, alpha: float
     return torch.einsum(f"{a_labels},{b_labels}->{labels}", a, b).mul_(alpha).reshape(shape)
 
 
+def gradient(a: Tensor, b: Tensor, shape: torch.Size, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """alpha * A B + add as the gradient of an operand of ``shape``: summed over the batch axes that it shares."""
+    if tuple(shape[:2]) == batch_of(a, b):
+        return product(a, b, add=None if add is None else add.sum_to_size(shape), alpha=alpha)
+    grad = summed_product(a, b, shape, alpha=alpha)
+    return grad if add is None else grad.add_(add.sum_to_size(shape))
+
+
 def _without_shared(x: Tensor, labels: str) -> tuple[Tensor, str]:
     """The operand without its batch axes of size 1, and the labels of those it keeps."""
     shared = [axis for axis in (0, 1) if x.shape[axis] == 1]

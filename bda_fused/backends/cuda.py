@@ -1,18 +1,271 @@
-"""The CUDA C++ backend for GPUs from sm_80 up."""
+"""The CUDA C++ backend for GPUs from sm_80 up.
+
+The forward is one kernel. So is the backward up to dS and dQ; what is left are long matrix products, dK = dS^T Q and
+dV = (P * M)^T dY, and dQ where all images share the queries, which torch's GEMMs do.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
 from bda_fused import _native
+from bda_fused.backends import cuda_plan
+from bda_fused.backends._gemm import gradient
+from bda_fused.backends.batch_sum import batch_sum
+from bda_fused.backends.cuda_plan import Device, Launch, RowProblem
 from bda_fused.backends.problem import Problem
+from bda_fused.shapes import batch_of
+
+# The map is written by the forward and read by the backward: that saves a third of the backward's products.
+KEEPS_WEIGHTS = True
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def availability() -> str | None:
     """None, or one sentence that says why this backend cannot run here."""
-    return _native.status("_cuda") or "the cuda backend has no residual-attention kernel in this version"
+    reason = _native.status("_cuda")
+    if reason is not None:
+        return reason
+    module = _native.module("_cuda")
+    runtime, driver = module.runtime_version(), module.driver_version()
+    if driver == 0:
+        return "the cuda backend needs an NVIDIA driver, and there is none"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the cuda backend was built with CUDA {runtime // 1000}, and the driver runs CUDA {driver // 1000} at most"
+        )
+    return None
 
 
 def can_run(problem: Problem) -> str | None:
     """None, or one sentence that says why this backend cannot take the problem."""
     if problem.device.type != "cuda":
         return f"the cuda backend takes CUDA tensors, got {problem.device}"
-    return availability()
+    for dtype in (problem.dtype, problem.result_dtype):
+        if dtype not in _DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            return f"the cuda backend computes in float32, bfloat16 and float16, got {name}"
+    reason = availability()
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(problem.device)
+    if capability < (8, 0):
+        return f"the cuda backend needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    return None
+
+
+def forward(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_weights: bool,
+    need_row_sum: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Y, the map before dropout, its row sums after dropout, and an empty log-sum-exp: this backend keeps the map."""
+    *outer, queries, keys = problem.scores
+    scored = [query, key] if attn_bias is None else [query, key, attn_bias]
+    y = query.new_empty((*outer, queries, value.shape[3]), dtype=problem.result_dtype)
+    keeps = need_weights or need_grad
+    weights = value.new_empty((*batch_of(*scored), queries, keys) if keeps else 0)
+    row_sum = query.new_empty((*outer, queries) if need_row_sum else 0, dtype=torch.float32)
+    lse = row_sum.new_empty(0)
+    if keys == 0:  # nothing to attend to
+        return y.zero_() if residual is None else y.copy_(residual), weights, row_sum.zero_(), lse
+    if y.numel() == 0:
+        return y, weights, row_sum, lse
+
+    launches: list[Launch] = []
+    first, second = _aligned((key, value), launches)
+    assert first is not None
+    out = _accumulator(y, keys)
+    rows = RowProblem(
+        "forward",
+        problem.scores,
+        left=_with_unit_stride(query),
+        first=first,
+        second=second,
+        added=None if residual is None else _with_unit_stride(residual),
+        out=out,
+        weights=weights if keeps else None,
+        scale=scale,
+        bias=None if attn_bias is None else attn_bias.float(),
+        seed=seed,
+        dropout_p=dropout_p,
+        pointers={"row_sum": row_sum if need_row_sum else None, "statistics": _statistics(row_sum, problem)},
+    )
+    _run(launches + rows.launches(_device(query.device)), query.device)
+    return y if out is y else y.copy_(out), weights, row_sum, lse
+
+
+def backward(
+    problem: Problem,
+    grad_y: Tensor,
+    grad_weights: Tensor | None,
+    grad_row_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    weights: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    residual_is_query: bool,
+    key_is_value: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and attn_bias, each of its operand's shape; empty where ``needs`` says no.
+
+    With ``residual_is_query`` the query's gradient includes the residual's, with ``key_is_value`` the key's includes
+    the value's.
+    """
+    need_query, need_key, need_value, need_bias = needs
+    need_value = need_value or (need_key and key_is_value)
+    dy = _with_unit_stride(grad_y.to(query.dtype))
+    grad_query, grad_key, grad_value, grad_bias = (query.new_empty(0) for _ in range(4))
+    *outer, _, keys = problem.scores
+    if keys == 0 or dy.numel() == 0:  # nothing was attended to
+        grad_query, grad_key, grad_value = (x.new_zeros(x.shape) for x in (query, key, value))
+        if residual_is_query:
+            grad_query = dy.sum_to_size(query.shape)
+        if attn_bias is not None:
+            grad_bias = torch.zeros_like(attn_bias)
+        return _needed((grad_query, grad_key, grad_value, grad_bias), needs)
+
+    # The kernel's results: dS for the long products, P * M for dV, dQ where every row has its own query, and what the
+    # bias's gradient is summed from.
+    query_per_row = list(query.shape[:2]) == outer
+    scores_grad = dy.new_empty(problem.scores) if need_key or (need_query and not query_per_row) else None
+    dropped = dy.new_empty(problem.scores) if need_value and seed is not None else None
+    out = None
+    if need_query and query_per_row:
+        grad_query = query.new_empty(query.shape)
+        out = _accumulator(grad_query, keys)
+    if scores_grad is not None or dropped is not None or out is not None or need_bias:
+        launches: list[Launch] = []
+        first, second = _aligned((value, None if out is None else key), launches)
+        assert first is not None
+        rows = RowProblem(
+            "backward",
+            problem.scores,
+            left=dy,
+            first=first,
+            second=second,
+            added=dy if residual_is_query else None,
+            out=out,
+            weights=weights,
+            scale=scale,
+            weights_grad=None if grad_weights is None else _with_unit_stride(grad_weights),
+            seed=seed,
+            dropout_p=dropout_p,
+            pointers={
+                "row_sum_grad": None if grad_row_sum is None else grad_row_sum.contiguous(),
+                "scores_grad": scores_grad,
+                "dropped": dropped,
+                "statistics": _statistics(query, problem),
+            },
+        )
+        device = _device(query.device)
+        summands = None
+        if need_bias:
+            assert attn_bias is not None
+            by_key = tuple(attn_bias.shape) == (1, 1, 1, keys)
+            shape = (rows.shape(device).grid, keys) if by_key else problem.scores
+            summands = query.new_empty(shape, dtype=torch.float32)
+            rows.pointers["bias_grad_sums" if by_key else "bias_grad"] = summands
+        _run(launches + rows.launches(device), query.device)
+        if out is not None and out is not grad_query:
+            grad_query.copy_(out)
+        if summands is not None and attn_bias is not None:
+            grad_bias = _summed(summands, attn_bias.shape).to(attn_bias.dtype)
+
+    if need_value:
+        grad_value = gradient((weights if dropped is None else dropped).mT, dy, value.shape)
+    if need_query and not query_per_row:
+        assert scores_grad is not None  # scaled, as the kernel leaves it
+        grad_query = gradient(scores_grad, key, query.shape, add=dy if residual_is_query else None)
+    if need_key:
+        assert scores_grad is not None
+        grad_key = gradient(scores_grad.mT, query, key.shape, add=grad_value if key_is_value else None)
+    return _needed((grad_query, grad_key, grad_value, grad_bias), needs)
+
+
+def _needed(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value, bias = (x if need else x.new_empty(0) for x, need in zip(grads, needs, strict=True))
+    return query, key, value, bias
+
+
+def _accumulator(out: Tensor, keys: int) -> Tensor:
+    """Where the kernel writes ``out``: several groups of keys add up in float32."""
+    if len(cuda_plan.key_groups(keys)) == 1 or out.dtype == torch.float32:
+        return out
+    return torch.empty_like(out, dtype=torch.float32)
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _aligned(operands: Sequence[Tensor | None], launches: list[Launch]) -> list[Tensor | None]:
+    """Keys and values as the kernel copies them: as they are, or packed once, by a launch that is added."""
+    packed: dict[tuple[object, ...], Tensor] = {}
+    result: list[Tensor | None] = []
+    for x in operands:
+        if x is not None:
+            x = _with_unit_stride(x)
+            if not cuda_plan.is_aligned(x):
+                place = (x.data_ptr(), x.shape, x.stride())
+                if place not in packed:
+                    packed[place], launch = cuda_plan.pack(x)
+                    launches.append(launch)
+                x = packed[place]
+        result.append(x)
+    return result
+
+
+def _statistics(x: Tensor, problem: Problem) -> Tensor | None:
+    """What the groups of keys know of each other, where there are several."""
+    groups = cuda_plan.key_groups(problem.scores[3])
+    return x.new_empty((len(groups), *problem.scores[:3]), dtype=torch.float32) if len(groups) > 1 else None
+
+
+def _summed(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """(summands, S), or (B, H, L, S), summed in a fixed order to the ``shape`` of a bias."""
+    if x.dim() == 2:
+        return batch_sum(x).view(*shape)
+    if tuple(shape) == (1, 1, *x.shape[2:]):
+        return batch_sum(x.flatten(2).flatten(0, 1)).view(*shape)
+    return x.sum_to_size(*shape)
+
+
+@lru_cache
+def _device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _run(launches: Sequence[Launch], device: torch.device) -> None:
+    """Enqueues the launches on the device's current stream."""
+    module = _native.module("_cuda")
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for launch in launches:
+            try:
+                module.launch(
+                    launch.kernel, launch.grid, launch.block, launch.shared, bytes(launch.arguments), stream=stream
+                )
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}; its operands: {launch.what}") from error

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from bda_fused import dropout
-from bda_fused.backends._gemm import product, summed_product
+from bda_fused.backends._gemm import gradient, product
 from bda_fused.backends.problem import Problem
 from bda_fused.numerics import LOW_PRECISION, gemm_dtype, softmax_dtype
-from bda_fused.shapes import batch_of
 
 # The backward reads the map; a backend without this recomputes it from the log-sum-exp.
 KEEPS_WEIGHTS = True
@@ -104,7 +103,7 @@ def backward(
         mask = dropout.mask(seed, dropout_p, problem.scores, p.dtype)
     if need_value or (need_key and key_is_value):
         dropped = p if mask is None else p * mask
-        grad_v = _gradient(dropped.to(dtype).mT, dy, v.shape)
+        grad_v = gradient(dropped.to(dtype).mT, dy, v.shape)
     if need_query or need_key or need_bias:
         dp = product(dy, v.mT).to(p.dtype)
         if grad_row_sum is not None:
@@ -121,9 +120,9 @@ def backward(
         if dtype in LOW_PRECISION:  # scaled before it is rounded, so that float16 sums do not overflow
             ds, scale = ds.mul(scale).to(dtype), 1.0
         if need_query:
-            grad_q = _gradient(ds, k, q.shape, add=dy if residual_is_query else None, alpha=scale)
+            grad_q = gradient(ds, k, q.shape, add=dy if residual_is_query else None, alpha=scale)
         if need_key:
-            grad_k = _gradient(ds.mT, q, k.shape, add=grad_v if key_is_value else None, alpha=scale)
+            grad_k = gradient(ds.mT, q, k.shape, add=grad_v if key_is_value else None, alpha=scale)
     return (
         grad_q.to(query.dtype),
         grad_k.to(key.dtype),
@@ -151,11 +150,3 @@ def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) ->
         scores = product(q, k.mT, alpha=scale).to(dtype) + bias
     weights = torch.softmax(scores, -1)
     return weights if dead is None else weights.masked_fill(dead, 0.0)
-
-
-def _gradient(a: Tensor, b: Tensor, shape: torch.Size, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """alpha * A B + add as the gradient of an operand of ``shape``: summed over the batch axes that it shares."""
-    if tuple(shape[:2]) == batch_of(a, b):
-        return product(a, b, add=None if add is None else add.sum_to_size(shape), alpha=alpha)
-    grad = summed_product(a, b, shape, alpha=alpha)
-    return grad if add is None else grad.add_(add.sum_to_size(shape))

@@ -1,0 +1,392 @@
+"""What the CUDA kernels are launched with: kernel, grid, shared memory and arguments, computed without a GPU.
+
+One row kernel serves both directions (csrc/cuda/arguments.h):
+
+    Z = added + map(scale * left first^T + bias) second
+
+               left    first   second  added             map
+    forward    query   key     value   residual          softmax
+    backward   dY      value   key     dY or nothing     dS = P * (dP - rowsum(P * dP))
+
+A ``Launch`` goes as it is to the driver or to a simulator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bda_fused import dropout
+
+THREADS = 256
+_CHUNK = 128  # bytes of a row that are on chip at a time
+_LARGEST_GROUP = 512  # keys whose scores fit on chip
+
+# What a block costs beside its rows, in rows: its keys and values are loaded for any number of them.
+_BLOCK_OVERHEAD = 16
+
+_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_WHOLE, _STATISTICS, _RESULTS = range(3)
+
+
+class Rows(ctypes.Structure):
+    """An operand (B, H, rows, columns) with its strides in elements, 0 where an axis is shared."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+    ]
+
+
+class RowArguments(ctypes.Structure):
+    """csrc/cuda/arguments.h, field by field."""
+
+    _fields_ = [
+        ("left", Rows),
+        ("first", Rows),
+        ("second", Rows),
+        ("added", Rows),
+        ("out", ctypes.c_void_p),
+        ("bias", Rows),
+        ("bias_key", ctypes.c_int64),
+        ("weights", Rows),
+        ("weights_grad", Rows),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "row_sum_grad",
+                "row_sum",
+                "scores_grad",
+                "dropped",
+                "bias_grad",
+                "bias_grad_sums",
+                "statistics",
+                "seed",
+            )
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "batches",
+                "heads",
+                "queries",
+                "keys",
+                "width",
+                "out_width",
+                "passes",
+                "inner_batches",
+                "inner_heads",
+                "tiles",
+                "total_keys",
+                "first_key",
+                "group",
+                "groups",
+                "step",
+                "added_kind",
+                "out_kind",
+            )
+        ),
+        ("threshold", ctypes.c_uint32),
+        ("keep_scale", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("map_pitch", "value_pitch", "overlaid", "pass_blocks")),
+    ]
+
+
+class PackArguments(ctypes.Structure):
+    """csrc/cuda/arguments.h, field by field."""
+
+    _fields_ = [
+        ("source", Rows),
+        ("packed", ctypes.c_void_p),
+        ("total_rows", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("heads", "rows", "row_bytes", "row_units")),
+    ]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call. ``tensors``: the arguments' fields that hold addresses, with the tensors they point into."""
+
+    kernel: str
+    grid: int
+    shared: int
+    arguments: ctypes.Structure
+    tensors: dict[str, Tensor]
+    block: int = THREADS
+
+    @property
+    def what(self) -> str:
+        """The problem, for error messages."""
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in self.tensors.items())
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a tile depends on. shared_limit: bytes a block may opt in to."""
+
+    processors: int
+    shared_limit: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of a block's work: how many rows, how many keys fit, and columns of the result per pass.
+
+    warp_columns: the eight warps stand in 8 / warp_columns rows and as many columns. csrc/cuda/kernels.h.
+    """
+
+    rows: int
+    keys: int
+    out: int
+    warp_columns: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.keys}"
+
+    def passes(self, out_width: int) -> tuple[int, int]:
+        """(passes over the columns of the result, blocks of 8 columns in each): as even as whole blocks allow."""
+        blocks = -(-out_width // 8)
+        passes = -(-8 * blocks // self.out)
+        return passes, -(-blocks // max(passes, 1))
+
+
+_NARROW, _WIDE = Tile(96, 128, 384, 4), Tile(96, 320, 384, 4)
+_LOW = {rows: Tile(rows, 320, 384, 8) for rows in (80, 64, 48)}
+_LONG = Tile(32, _LARGEST_GROUP, 384, 8)
+_FLOAT32 = (Tile(48, 320, 256, 8), Tile(32, _LARGEST_GROUP, 256, 8))
+
+# Element type of the kernels -> direction -> the tiles that are built, the better of two equals first.
+TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
+    **{
+        name: {
+            "forward": (_NARROW, _WIDE, *_LOW.values(), _LONG),
+            "backward": (_WIDE, _LOW[80], _LOW[48], _LONG),
+        }
+        for name in ("bf16", "fp16")
+    },
+    **{name: {"forward": _FLOAT32, "backward": _FLOAT32} for name in ("tf32", "tf32x3")},
+}
+
+
+def element_name(dtype: torch.dtype) -> str:
+    """The kernels' element type: float32 is one TF32 product or three, as torch's matmul precision says."""
+    if dtype == torch.float32:
+        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Bytes of a block's shared memory: csrc/cuda/tile.cuh, SharedMemory."""
+
+    map_pitch: int
+    value_pitch: int
+    overlaid: int
+    total: int
+
+    @classmethod
+    def of(cls, tile: Tile, itemsize: int, keys: int, pass_blocks: int) -> SharedMemory:
+        """pass_blocks: 0 where there is no value product."""
+        warp_rows = THREADS // 32 // tile.warp_columns
+        map_pitch = (_round_up(keys * itemsize, 32) // 16 | 1) * 16
+        value_units = pass_blocks * itemsize // 2
+        # Eight rows of 16 bytes, or four of 32, must meet different banks.
+        value_units = value_units | 1 if itemsize == 2 else value_units + (0 if value_units % 4 == 2 else 2)
+        scores = 2 * (tile.rows + _round_up(keys, 8)) * _CHUNK
+        value_stages = 2 * (64 // itemsize) * 16 * value_units
+        result_slice = 16 * warp_rows * (_round_up(8 * pass_blocks, 32) + 8) * 4
+        overlaid = _round_up(max(scores, tile.rows * map_pitch + max(value_stages, result_slice)), _CHUNK)
+        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * 12
+        return cls(map_pitch, 16 * value_units, overlaid, overlaid + kept)
+
+
+def choose_tile(
+    tiles: Sequence[Tile], groups: int, rows: int, keys: int, out_width: int, itemsize: int, device: Device
+) -> Tile:
+    """The tile of least time, by waves: blocks that run after one another on one processor, times what one costs.
+
+    groups, rows: of rows that meet the same keys, and in each.
+    """
+    fitting = [
+        tile
+        for tile in tiles
+        if keys <= tile.keys
+        and SharedMemory.of(tile, itemsize, keys, tile.passes(out_width)[1]).total <= device.shared_limit
+    ]
+    return min(
+        fitting,
+        key=lambda tile: -(-groups * -(-rows // tile.rows) // device.processors) * (tile.rows + _BLOCK_OVERHEAD),
+    )
+
+
+def key_groups(keys: int) -> list[int]:
+    """How many keys each launch sees: all of them, where they fit on chip."""
+    return [min(_LARGEST_GROUP, keys - first) for first in range(0, keys, _LARGEST_GROUP)]
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """groups: of rows that meet the same keys, over ``inner_batches`` and ``inner_heads``; tiles: in each group."""
+
+    tile: Tile
+    groups: int
+    tiles: int
+    inner_batches: int
+    inner_heads: int
+
+    @property
+    def grid(self) -> int:
+        return self.groups * self.tiles
+
+
+@dataclass
+class RowProblem:
+    """One direction of one problem; names as in RowArguments. Outputs that nobody wants are None.
+
+    scores: (B, H, L, S). first and second: aligned (``is_aligned``). The other operands: unit last stride.
+    """
+
+    direction: str
+    scores: tuple[int, int, int, int]
+    left: Tensor
+    first: Tensor
+    second: Tensor | None
+    added: Tensor | None
+    out: Tensor | None
+    weights: Tensor | None
+    scale: float
+    bias: Tensor | None = None
+    weights_grad: Tensor | None = None
+    seed: Tensor | None = None
+    dropout_p: float = 0.0
+    pointers: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def shape(self, device: Device) -> BlockShape:
+        """How the rows are divided among blocks: the same for every group of keys."""
+        batches, heads, queries, _ = self.scores
+        shared_by = [x for x in (self.first, self.second) if x is not None]
+        inner_batches, inner_heads = (
+            size if all(_stride(x, axis) == 0 for x in shared_by) else 1 for axis, size in enumerate((batches, heads))
+        )
+        groups, rows = batches * heads // (inner_batches * inner_heads), inner_batches * inner_heads * queries
+        tiles = TILES[element_name(self.left.dtype)][self.direction]
+        itemsize = self.left.element_size()
+        tile = choose_tile(tiles, groups, rows, key_groups(self.scores[3])[0], self.out_width, itemsize, device)
+        return BlockShape(tile, groups, -(-rows // tile.rows), inner_batches, inner_heads)
+
+    @property
+    def out_width(self) -> int:
+        return 0 if self.second is None else self.second.shape[3]
+
+    def launches(self, device: Device) -> list[Launch]:
+        """One launch where all keys fit on chip; else two for every group of keys, and the results add up."""
+        shape, groups = self.shape(device), range(len(key_groups(self.scores[3])))
+        steps = [_WHOLE] if len(groups) == 1 else [_STATISTICS, _RESULTS]
+        return [self._launch(shape, step, group) for step in steps for group in groups]
+
+    def _launch(self, shape: BlockShape, step: int, group: int) -> Launch:
+        batches, heads, queries, total_keys = self.scores
+        first_key, keys = group * _LARGEST_GROUP, key_groups(total_keys)[group]
+        passes, pass_blocks = shape.tile.passes(self.out_width)
+        memory = SharedMemory.of(shape.tile, self.left.element_size(), keys, pass_blocks)
+        tensors: dict[str, Tensor] = {}
+
+        def operand(name: str, x: Tensor | None, keys_along: int | None = None) -> Rows:
+            if x is None:
+                return Rows()
+            tensors[name] = x
+            skipped = 0 if keys_along is None else first_key * _stride(x, keys_along)
+            return Rows(x.data_ptr() + skipped * x.element_size(), *(_stride(x, axis) for axis in range(3)))
+
+        def pointer(name: str, x: Tensor | None) -> int | None:
+            if x is None:
+                return None
+            tensors[name] = x
+            return x.data_ptr()
+
+        threshold = dropout.threshold(self.dropout_p)
+        added = self.added
+        if step == _RESULTS and group > 0:
+            added = self.out  # the groups before this one
+        arguments = RowArguments(
+            left=operand("left", self.left),
+            first=operand("first", self.first, keys_along=2),
+            second=operand("second", self.second, keys_along=2),
+            added=operand("added", added),
+            out=pointer("out", self.out),
+            bias=operand("bias", self.bias, keys_along=3),
+            bias_key=0 if self.bias is None else _stride(self.bias, 3),
+            weights=operand("weights", self.weights),
+            weights_grad=operand("weights_grad", self.weights_grad),
+            seed=pointer("seed", self.seed),
+            **{name: pointer(name, x) for name, x in self.pointers.items()},
+            batches=batches,
+            heads=heads,
+            queries=queries,
+            keys=keys,
+            width=self.left.shape[3],
+            out_width=self.out_width,
+            passes=passes,
+            inner_batches=shape.inner_batches,
+            inner_heads=shape.inner_heads,
+            tiles=shape.tiles,
+            total_keys=total_keys,
+            first_key=first_key,
+            group=group,
+            groups=len(key_groups(total_keys)),
+            step=step,
+            added_kind=0 if added is None else _KINDS[added.dtype],
+            out_kind=0 if self.out is None else _KINDS[self.out.dtype],
+            threshold=min(threshold, 2**32 - 1),
+            keep_scale=0.0 if threshold > 2**32 - 1 else 1 / (1 - self.dropout_p),
+            scale=self.scale,
+            map_pitch=memory.map_pitch,
+            value_pitch=memory.value_pitch,
+            overlaid=memory.overlaid,
+            pass_blocks=pass_blocks,
+        )
+        name = f"residual_attention_{self.direction}_{element_name(self.left.dtype)}_{shape.tile.name}"
+        return Launch(name, shape.grid, memory.total, arguments, tensors)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether 16 bytes at a time can be copied from every row: what keys and values must be."""
+    steps = [x.data_ptr(), *(_stride(x, axis) * x.element_size() for axis in range(3))]
+    return all(step % 16 == 0 for step in steps)
+
+
+def pack(x: Tensor) -> tuple[Tensor, Launch]:
+    """An aligned copy of ``x`` (B, H, rows, width), of any strides but the last, and the launch that fills it."""
+    batches, heads = (1 if _stride(x, axis) == 0 else x.shape[axis] for axis in (0, 1))
+    rows, width = x.shape[2:]
+    itemsize = x.element_size()
+    units = -(-width * itemsize // 16)
+    packed = x.new_empty((batches, heads, rows, units * 16 // itemsize))
+    arguments = PackArguments(
+        source=Rows(x.data_ptr(), *(_stride(x, axis) * itemsize for axis in range(3))),
+        packed=packed.data_ptr(),
+        total_rows=batches * heads * rows,
+        heads=heads,
+        rows=rows,
+        row_bytes=width * itemsize,
+        row_units=units,
+    )
+    grid = -(-batches * heads * rows * _round_up(units, 8) // THREADS)
+    launch = Launch("pack_rows", grid, 0, arguments, {"source": x, "packed": packed})
+    return packed[..., :width].expand(*x.shape[:2], -1, -1), launch
+
+
+def _stride(x: Tensor, axis: int) -> int:
+    return 0 if x.shape[axis] == 1 else x.stride(axis)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple

@@ -1,0 +1,94 @@
+// Moving data: asynchronous copies into shared memory, rows of any alignment, and vector stores.
+
+#pragma once
+
+#include <cstdint>
+
+namespace bda_fused {
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, past the registers; bytes from ``valid`` on are zeros and are not read.
+__device__ inline void copy_async(unsigned to, const void* from, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+__device__ inline void store_shared(unsigned to, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+// A vector store that the compiler cannot split into four of a quarter the width, as it does under a predicate.
+__device__ inline void store_global(void* to, uint4 x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+// 16 bytes, or whatever the registers hold where ``wanted`` is false: a predicate, not a branch.
+__device__ inline uint4 load_global_if(bool wanted, const void* from) {
+  uint4 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(from), "r"(static_cast<unsigned>(wanted)));
+  return x;
+}
+
+// 16 bytes of a row that starts at any address. Global memory gives whole aligned words, so each of the eight lanes that
+// cover 128 bytes of a row loads the aligned word under its own bytes, the last lane also the word behind, and then each
+// joins its word with its neighbour's. Loading and joining are apart, so that arithmetic can hide the load.
+struct ShiftedWord {
+  uint4 word, behind;
+};
+
+// ``from``: this lane's 16 bytes, of which the row has the first ``valid``: any number, negative ones too. No word is
+// loaded that has no byte of the row.
+__device__ inline ShiftedWord load_shifted(const char* from, int valid) {
+  const int shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(from) & 15);
+  const char* aligned = from - shift;
+  return {load_global_if(valid > -shift, aligned),
+          load_global_if(threadIdx.x % 8 == 7 && shift != 0 && valid > 16 - shift, aligned + 16)};
+}
+
+// The lane's 16 bytes. ``shift``: the address of its row, mod 16. All lanes of a warp call it.
+__device__ inline uint4 join(const ShiftedWord& loaded, unsigned shift) {
+  const unsigned own[4] = {loaded.word.x, loaded.word.y, loaded.word.z, loaded.word.w};
+  const unsigned behind[4] = {loaded.behind.x, loaded.behind.y, loaded.behind.z, loaded.behind.w};
+  unsigned words[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned next = __shfl_down_sync(0xffffffff, own[i], 1, 8);
+    words[i] = own[i];
+    words[4 + i] = threadIdx.x % 8 == 7 ? behind[i] : next;
+  }
+#pragma unroll
+  for (int i = 0; i < 7; ++i) words[i] = shift & 4 ? words[i + 1] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) words[i] = shift & 8 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = __funnelshift_r(words[i], words[i + 1], 8 * (shift & 3));
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The first ``valid`` bytes, and zeros.
+__device__ inline uint4 cut(uint4 x, int valid) {
+  unsigned words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int bytes = valid - 4 * i;
+    words[i] = bytes >= 4 ? words[i] : bytes <= 0 ? 0 : words[i] & ((1u << (8 * bytes)) - 1);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+}  // namespace bda_fused
