@@ -95,7 +95,7 @@ class RowArguments(ctypes.Structure):
         ("threshold", ctypes.c_uint32),
         ("keep_scale", ctypes.c_float),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("map_pitch", "value_pitch", "overlaid", "pass_blocks")),
+        *((name, ctypes.c_int32) for name in ("left_unit", "map_pitch", "value_pitch", "overlaid", "pass_blocks")),
     ]
 
 
@@ -204,7 +204,7 @@ class SharedMemory:
         value_stages = 2 * (64 // itemsize) * 16 * value_units
         result_slice = 16 * warp_rows * (_round_up(8 * pass_blocks, 32) + 8) * 4
         overlaid = _round_up(max(scores, tile.rows * map_pitch + max(value_stages, result_slice)), _CHUNK)
-        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * 12
+        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * (16 + 12)
         return cls(map_pitch, 16 * value_units, overlaid, overlaid + kept)
 
 
@@ -348,6 +348,7 @@ class RowProblem:
             threshold=min(threshold, 2**32 - 1),
             keep_scale=0.0 if threshold > 2**32 - 1 else 1 / (1 - self.dropout_p),
             scale=self.scale,
+            left_unit=_copied_unit(self.left, shape),
             map_pitch=memory.map_pitch,
             value_pitch=memory.value_pitch,
             overlaid=memory.overlaid,
@@ -355,6 +356,16 @@ class RowProblem:
         )
         name = f"residual_attention_{self.direction}_{element_name(self.left.dtype)}_{shape.tile.name}"
         return Launch(name, shape.grid, memory.total, arguments, tensors)
+
+
+def _copied_unit(x: Tensor, shape: BlockShape) -> int:
+    """Bytes in which rows can be copied past the registers, all a constant distance apart: 16, 4, or 0 for not at all."""
+    merged = (
+        shape.inner_batches * shape.inner_heads == 1
+        or (shape.inner_heads == 1 and _stride(x, 0) == x.shape[2] * _stride(x, 2))
+    )
+    steps = [x.data_ptr(), *(_stride(x, axis) * x.element_size() for axis in range(3))]
+    return next((unit for unit in (16, 4) if merged and all(step % unit == 0 for step in steps)), 0)
 
 
 def is_aligned(x: Tensor) -> bool:

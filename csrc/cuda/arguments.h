@@ -56,6 +56,8 @@ struct RowArguments {
   std::uint32_t threshold;                     // the smallest word that survives dropout
   float keep_scale;                            // 1 / (1 - p), 0 at p = 1
   float scale;
+  std::int32_t left_unit;                      // left rows of a group lie left.row apart and are copied in units of
+                                               // 16 or 4 bytes; 0: they may not, and go through registers
   // Shared memory, in bytes: a row of the map, a key's values on chip, and the part that is used over again; and the
   // blocks of 8 columns of one pass over out_width.
   std::int32_t map_pitch, value_pitch, overlaid, pass_blocks;

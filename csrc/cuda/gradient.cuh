@@ -34,7 +34,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float gradient = args.row_sum_grad[flat_row(args, shared.positions[Tile::row(i, half)])];
+        const float gradient = args.row_sum_grad[shared.offsets[Tile::row(i, half)].flat];
 #pragma unroll
         for (int j = 0; j < kKeyBlocks; ++j) {
           scores[i][j][2 * half] += gradient;
@@ -47,8 +47,8 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
   if (args.seed != nullptr) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      const std::int64_t row = flat_row(args, shared.positions[Tile::row(i, 0)]);
-      const std::int64_t row_below = flat_row(args, shared.positions[Tile::row(i, 1)]);
+      const std::int64_t row = shared.offsets[Tile::row(i, 0)].flat;
+      const std::int64_t row_below = shared.offsets[Tile::row(i, 1)].flat;
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         const Keep<Tile> keep(args, seed, row, row_below, Tile::column(j));
@@ -99,7 +99,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* statistics = args.statistics + flat_row(args, shared.positions[Tile::row(i, half)]);
+        const float* statistics = args.statistics + shared.offsets[Tile::row(i, half)].flat;
         delta[i][half] = 0.f;
         for (int group = 0; group < args.groups; ++group) delta[i][half] += statistics[group * all_rows];
       }
@@ -132,7 +132,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = Tile::row(i, half);
-        float* gradient = args.bias_grad + flat_row(args, shared.positions[row]) * args.total_keys + args.first_key;
+        float* gradient = args.bias_grad + shared.offsets[row].flat * args.total_keys + args.first_key;
 #pragma unroll
         for (int j = 0; j < kKeyBlocks; ++j) {
 #pragma unroll
@@ -149,8 +149,8 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
   if (args.dropped != nullptr) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      const std::int64_t row = flat_row(args, shared.positions[Tile::row(i, 0)]);
-      const std::int64_t row_below = flat_row(args, shared.positions[Tile::row(i, 1)]);
+      const std::int64_t row = shared.offsets[Tile::row(i, 0)].flat;
+      const std::int64_t row_below = shared.offsets[Tile::row(i, 1)].flat;
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         const Keep<Tile> keep(args, seed, row, row_below, Tile::column(j));

@@ -16,23 +16,27 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
 
+// Two elements as one word, rounded from float32.
 template <class T>
 struct Pair;
 template <>
 struct Pair<float> {
   using Type = float2;
+  static constexpr Kind kKind = kFloat32;
   __device__ static Type round(float a, float b) { return {a, b}; }
   __device__ static float round(float a) { return a; }
 };
 template <>
 struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
+  static constexpr Kind kKind = kBfloat16;
   __device__ static Type round(float a, float b) { return __floats2bfloat162_rn(a, b); }
   __device__ static __nv_bfloat16 round(float a) { return __float2bfloat16_rn(a); }
 };
 template <>
 struct Pair<__half> {
   using Type = __half2;
+  static constexpr Kind kKind = kFloat16;
   __device__ static Type round(float a, float b) { return __floats2half2_rn(a, b); }
   __device__ static __half round(float a) { return __float2half_rn(a); }
 };
@@ -42,35 +46,22 @@ __device__ bool is_pair_aligned(const T* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % (2 * sizeof(T)) == 0;
 }
 
-// from[index] and from[index + 1], of which those in [0, size) exist; 0 for the others.
+// from[index] and from[index + 1], of which those below ``size`` exist; 0 for the others.
 template <class T>
 __device__ float2 load_pair(const T* from, int index, int size) {
-  if (index >= 0 && index + 1 < size && is_pair_aligned(from + index)) {
+  if (index + 1 < size && is_pair_aligned(from + index)) {
     return widen(*reinterpret_cast<const typename Pair<T>::Type*>(from + index));
   }
-  return {index >= 0 && index < size ? widen(from[index]) : 0.f, index + 1 < size ? widen(from[index + 1]) : 0.f};
+  return {index < size ? widen(from[index]) : 0.f, index + 1 < size ? widen(from[index + 1]) : 0.f};
 }
 
-// The same, where to + index is aligned for a pair.
-template <class T>
-__device__ void store_pair(T* to, int index, int size, float2 x) {
-  if (index >= 0 && index + 1 < size) {
-    *reinterpret_cast<typename Pair<T>::Type*>(to + index) = Pair<T>::round(x.x, x.y);
-  } else if (index >= 0 && index < size) {
-    to[index] = Pair<T>::round(x.x);
-  } else if (index + 1 < size) {
-    to[index + 1] = Pair<T>::round(x.y);
-  }
-}
-
-// A pair of a kind that is known at run time; nothing is 0.
-template <class T>
-__device__ float2 load_pair(const void* from, Kind kind, std::int64_t row, int index, int size) {
+// An element of a kind that is known at run time; nothing is 0.
+__device__ inline float load_element(const void* from, Kind kind, std::int64_t index) {
   switch (kind) {
-    case kFloat32: return load_pair(static_cast<const float*>(from) + row, index, size);
-    case kBfloat16: return load_pair(static_cast<const __nv_bfloat16*>(from) + row, index, size);
-    case kFloat16: return load_pair(static_cast<const __half*>(from) + row, index, size);
-    default: return {0.f, 0.f};
+    case kFloat32: return static_cast<const float*>(from)[index];
+    case kBfloat16: return widen(static_cast<const __nv_bfloat16*>(from)[index]);
+    case kFloat16: return widen(static_cast<const __half*>(from)[index]);
+    default: return 0.f;
   }
 }
 

@@ -9,6 +9,31 @@
 
 namespace bda_fused {
 
+template <class Element>
+__device__ const char* left_of(const RowArguments& args, const Position& at) {
+  return static_cast<const char*>(args.left.data) + offset(args.left, at) * Size<Element>::kBytes;
+}
+
+// One chunk of the tile's rows of the left operand, where they lie a constant distance apart and are aligned to UNIT
+// bytes; zeros behind the last row and column.
+template <int UNIT, class Element, class Tile>
+__device__ void copy_left(const char* left, const RowArguments& args, int rows, int chunk, unsigned stage) {
+  constexpr int kLanes = kChunk / UNIT, kStep = kThreads / kLanes;  // lanes of a row, rows at a time
+  const int row = threadIdx.x / kLanes, byte = UNIT * (threadIdx.x % kLanes);
+  const int position = chunk * kChunk + byte;
+  const int valid = min(max(args.width * Size<Element>::kBytes - position, 0), UNIT);
+  const std::int64_t pitch = args.left.row * Size<Element>::kBytes;
+  const char* from = left + position + row * pitch;
+  const unsigned to = stage + swizzled(row, byte / 16) + byte % 16;
+#pragma unroll
+  for (int i = 0; i < Tile::kRows; i += kStep) {  // steps of whole eights: the permutation of units stays
+    if (Tile::kRows % kStep == 0 || row + i < Tile::kRows) {
+      copy_async<UNIT>(to + i * kChunk, from, row + i < rows ? valid : 0);
+    }
+    from += kStep * pitch;
+  }
+}
+
 // The tile's rows of the left operand, of any alignment, on their way into shared memory: eight lanes a row.
 template <class Element, class Tile>
 struct LeftRows {
@@ -23,8 +48,7 @@ struct LeftRows {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int row = min(first_row() + 32 * i, Tile::kRows - 1);
-      data[i] = static_cast<const char*>(args.left.data) + offset(args.left, positions[row]) * Size<Element>::kBytes +
-                16 * (threadIdx.x % 8);
+      data[i] = left_of<Element>(args, positions[row]) + 16 * (threadIdx.x % 8);
     }
   }
 
@@ -64,9 +88,9 @@ __device__ void copy_keys(const char* keys, const RowArguments& args, int chunk,
 #pragma unroll
   for (int i = 0; i < (Tile::kKeys + 31) / 32; ++i) {
     if (32 * i + 32 <= args.keys) {
-      copy_async(to + 32 * i * kChunk, from, valid);
+      copy_async<16>(to + 32 * i * kChunk, from, valid);
     } else if (32 * i + key < round_up(args.keys, 8)) {
-      copy_async(to + 32 * i * kChunk, from, 32 * i + key < args.keys ? valid : 0);
+      copy_async<16>(to + 32 * i * kChunk, from, 32 * i + key < args.keys ? valid : 0);
     }
     from += 32 * pitch;
   }
@@ -87,9 +111,7 @@ __device__ void multiply(float (&sums)[ROW_TILES][BLOCKS][4], int blocks, LoadLe
       left[step][i] = Element::template prepare<4>(x);
     }
   }
-#pragma unroll
-  for (int j = 0; j < BLOCKS; ++j) {
-    if (j >= blocks) break;
+  const auto multiply_block = [&](int j) {
     unsigned x[4];
     load_right(x, j);
 #pragma unroll
@@ -97,6 +119,17 @@ __device__ void multiply(float (&sums)[ROW_TILES][BLOCKS][4], int blocks, LoadLe
       const auto right = Element::template prepare<2>(x + 2 * step);
 #pragma unroll
       for (int i = 0; i < ROW_TILES; ++i) Element::multiply(sums[i][j], left[step][i], right);
+    }
+  };
+  if (blocks >= BLOCKS - 1) {  // the sizes that the tile was made for: one question instead of one a block
+#pragma unroll
+    for (int j = 0; j < BLOCKS - 1; ++j) multiply_block(j);
+    if (blocks == BLOCKS) multiply_block(BLOCKS - 1);
+  } else {
+#pragma unroll
+    for (int j = 0; j < BLOCKS - 1; ++j) {
+      if (j >= blocks) break;
+      multiply_block(j);
     }
   }
 }
@@ -116,7 +149,7 @@ __device__ void clear(float (&sums)[ROW_TILES][BLOCKS][4]) {
 // scores[i][j] = the fragment of row tile i and column block j, zero where the block lies behind the keys.
 template <class Element, class Tile>
 __device__ void multiply_scores(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                                const SharedMemory<Tile>& shared, const char* keys) {
+                                const SharedMemory<Tile>& shared, int rows, const char* keys) {
   const int bytes = args.width * Size<Element>::kBytes;
   const int chunks = (bytes + kChunk - 1) / kChunk;
   const int blocks = uniform(Tile::share((args.keys + 7) / 8));
@@ -130,10 +163,20 @@ __device__ void multiply_scores(float (&scores)[Tile::kRowTiles][Tile::kKeyBlock
       shared.base + (Tile::kRows + 8 * Tile::warp_column() + lane % 8) * kChunk + (((lane / 8) ^ (lane % 8)) << 4);
 
   LeftRows<Element, Tile> left(args, shared.positions);
-  left.load(0);
-  copy_keys<Element, Tile>(keys, args, 0, shared.base);
-  commit_copies();
-  left.store(0, shared.base);
+  const char* first_left = left_of<Element>(args, shared.positions[0]);
+  const auto load_stage = [&](int chunk, unsigned stage) {
+    if (args.left_unit == 16) {
+      copy_left<16, Element, Tile>(first_left, args, rows, chunk, stage);
+    } else if (args.left_unit == 4) {
+      copy_left<4, Element, Tile>(first_left, args, rows, chunk, stage);
+    } else {
+      left.load(chunk);
+    }
+    copy_keys<Element, Tile>(keys, args, chunk, stage);
+    commit_copies();
+  };
+  load_stage(0, shared.base);
+  if (args.left_unit == 0) left.store(0, shared.base);
   clear(scores);
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -141,11 +184,7 @@ __device__ void multiply_scores(float (&scores)[Tile::kRowTiles][Tile::kKeyBlock
     const unsigned next_stage = stage_bytes - stage;
     wait_for_copies();
     __syncthreads();
-    if (chunk + 1 < chunks) {
-      left.load(chunk + 1);
-      copy_keys<Element, Tile>(keys, args, chunk + 1, shared.base + next_stage);
-      commit_copies();
-    }
+    if (chunk + 1 < chunks) load_stage(chunk + 1, shared.base + next_stage);
 #pragma unroll 1
     for (int at = 0; at < min(kChunk, bytes - chunk * kChunk); at += 64) {
       const unsigned left_half = (stage + left_address) ^ at, key_half = (stage + key_address) ^ at;
@@ -161,7 +200,7 @@ __device__ void multiply_scores(float (&scores)[Tile::kRowTiles][Tile::kKeyBlock
         multiply<Element, 1>(scores, blocks, load_left, load_right);
       }
     }
-    if (chunk + 1 < chunks) left.store(chunk + 1, shared.base + next_stage);
+    if (chunk + 1 < chunks && args.left_unit == 0) left.store(chunk + 1, shared.base + next_stage);
   }
   __syncthreads();
 }
@@ -199,7 +238,7 @@ struct ValueRows {
 #pragma unroll
       for (int i = 0; i < kUnits; ++i) {
         if (Tile::lane() + 32 * i < units) {
-          copy_async(to + row * kWarps * pitch + 512 * i, from + 512 * i, key < keys ? valid[i] : 0);
+          copy_async<16>(to + row * kWarps * pitch + 512 * i, from + 512 * i, key < keys ? valid[i] : 0);
         }
       }
       from += step;

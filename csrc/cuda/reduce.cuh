@@ -55,7 +55,7 @@ __device__ void store_statistics(const float (&x)[Tile::kRowTiles][2], const Row
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = Tile::row(i, half);
-      if (row < place.rows) args.statistics[args.group * all_rows + flat_row(args, shared.positions[row])] = x[i][half];
+      if (row < place.rows) args.statistics[args.group * all_rows + shared.offsets[row].flat] = x[i][half];
     }
   }
 }

@@ -9,16 +9,46 @@ namespace bda_fused {
 
 extern __shared__ __align__(128) char shared_memory[];
 
-// added + factor * result for one row's columns of a pass, by one warp. ``slice``: the row in shared memory.
-template <class T>
-__device__ void store_result(T* out, const void* added, Kind kind, std::int64_t added_row, const float* slice, int size,
+// out = added + factor * slice for one row's columns of a pass, by one warp. ``slice``: in shared memory. ODD: out and
+// added are aligned for a pair behind their first element; else at it. size <= LONGEST.
+template <int LONGEST, bool ODD, bool ADDED, class T>
+__device__ void store_pairs(T* out, const T* added, const float* slice, int size, float factor) {
+  using PairType = typename Pair<T>::Type;
+  const int lane = threadIdx.x % 32;
+  const float* from = slice + ODD + 2 * lane;
+  const auto* with = reinterpret_cast<const PairType*>(added + ODD) + lane;
+  auto* to = reinterpret_cast<PairType*>(out + ODD) + lane;
+#pragma unroll
+  for (int i = 0; i <= LONGEST; i += 64) {
+    if (ODD + 2 * lane + i + 1 < size) {
+      const float2 x = ODD ? make_float2(from[i], from[i + 1]) : *reinterpret_cast<const float2*>(from + i);
+      const float2 y = ADDED ? widen(with[i / 2]) : make_float2(0.f, 0.f);
+      to[i / 2] = Pair<T>::round(fmaf(x.x, factor, y.x), fmaf(x.y, factor, y.y));
+    }
+  }
+  const bool first = ODD && lane == 0, last = (size - ODD) % 2 != 0 && lane == 31;
+  if (first || last) {
+    const int i = first ? 0 : size - 1;
+    out[i] = Pair<T>::round(fmaf(slice[i], factor, ADDED ? widen(added[i]) : 0.f));
+  }
+}
+
+// The same for added rows of any kind and alignment.
+template <int LONGEST, class T>
+__device__ void store_result(T* out, const Rows& added, Kind kind, std::int64_t added_row, const float* slice, int size,
                              float factor) {
-  const int odd = is_pair_aligned(out) ? 0 : 1;
-#pragma unroll 4
-  for (int index = 2 * static_cast<int>(threadIdx.x % 32) - odd; index < size; index += 64) {
-    const float2 x = load_pair(slice, index, size);
-    const float2 y = load_pair<T>(added, kind, added_row, index, size);
-    store_pair(out, index, size, {fmaf(x.x, factor, y.x), fmaf(x.y, factor, y.y)});
+  const T* typed = static_cast<const T*>(added.data) + added_row;
+  const bool odd = !is_pair_aligned(out);
+  if (kind == kNone) {
+    odd ? store_pairs<LONGEST, true, false>(out, typed, slice, size, factor)
+        : store_pairs<LONGEST, false, false>(out, typed, slice, size, factor);
+  } else if (kind == Pair<T>::kKind && is_pair_aligned(typed) != odd) {
+    odd ? store_pairs<LONGEST, true, true>(out, typed, slice, size, factor)
+        : store_pairs<LONGEST, false, true>(out, typed, slice, size, factor);
+  } else {
+    for (int i = threadIdx.x % 32; i < size; i += 32) {
+      out[i] = Pair<T>::round(fmaf(slice[i], factor, load_element(added.data, kind, added_row + i)));
+    }
   }
 }
 
@@ -50,16 +80,14 @@ __device__ void store_pass(const float (&result)[Tile::kRowTiles][Tile::kOutBloc
     for (int index = threadIdx.x / 32; index < 16 * Tile::kWarpRows; index += kWarps) {
       const int row = index / 16 * 16 * Tile::kRowTiles + 16 * row_tile + index % 16;
       if (row >= place.rows) continue;
-      const Position at = shared.positions[row];
-      const std::int64_t added_row = offset(args.added, at) + first_column;
-      const std::int64_t out_row = flat_row(args, at) * args.out_width + first_column;
+      const RowOffsets offsets = shared.offsets[row];
+      const std::int64_t added_row = offsets.added + first_column;
+      const std::int64_t out_row = offsets.flat * args.out_width + first_column;
       const float* slice = shared.slice + index * pitch;
       if (args.out_kind == kFloat32) {
-        store_result(static_cast<float*>(args.out) + out_row, args.added.data, args.added_kind, added_row, slice, size,
-                     factor);
+        store_result<Tile::kOut>(static_cast<float*>(args.out) + out_row, args.added, args.added_kind, added_row, slice, size, factor);
       } else {
-        store_result(static_cast<T*>(args.out) + out_row, args.added.data, args.added_kind, added_row, slice, size,
-                     factor);
+        store_result<Tile::kOut>(static_cast<T*>(args.out) + out_row, args.added, args.added_kind, added_row, slice, size, factor);
       }
     }
     __syncthreads();
@@ -77,13 +105,18 @@ template <class Element, class Tile, class Map>
 __device__ void row_kernel(const RowArguments& args) {
   const SharedMemory<Tile> shared(shared_memory, args);
   const Place place = Place::of(args, Tile());
-  if (threadIdx.x < Tile::kRows) shared.positions[threadIdx.x] = place.position(args, threadIdx.x);
+  if (threadIdx.x < Tile::kRows) {
+    const Position at = place.position(args, threadIdx.x);
+    shared.positions[threadIdx.x] = at;
+    shared.offsets[threadIdx.x] = {(std::int64_t{at.batch} * args.heads + at.head) * args.queries + at.query,
+                                   offset(args.added, at)};
+  }
   const Position first = place.position(args, 0);
   Map::prepare(args, shared, first);
   __syncthreads();
 
   float scores[Tile::kRowTiles][Tile::kKeyBlocks][4];
-  multiply_scores<Element>(scores, args, shared, keys_of<Element>(args.first, first));
+  multiply_scores<Element>(scores, args, shared, place.rows, keys_of<Element>(args.first, first));
   const char* values = keys_of<Element>(args.second, first);
   if (args.passes > 0 && args.step != kStatistics) ValueRows<Element, Tile>(values, args, 0, 0).copy(shared.values);
   if (!Map::apply(scores, args, shared, place)) return;

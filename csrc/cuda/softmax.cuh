@@ -87,7 +87,7 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* statistics = args.statistics + flat_row(args, shared.positions[Tile::row(i, half)]);
+        const float* statistics = args.statistics + shared.offsets[Tile::row(i, half)].flat;
         float largest = -INFINITY, total = 0.f;
         for (int group = 0; group < args.groups; ++group) largest = fmaxf(largest, statistics[group * all_rows]);
         if (largest == -INFINITY) largest = 0.f;
@@ -159,8 +159,8 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
     const std::uint64_t seed = *args.seed;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      const std::int64_t row = flat_row(args, shared.positions[Tile::row(i, 0)]);
-      const std::int64_t row_below = flat_row(args, shared.positions[Tile::row(i, 1)]);
+      const std::int64_t row = shared.offsets[Tile::row(i, 0)].flat;
+      const std::int64_t row_below = shared.offsets[Tile::row(i, 1)].flat;
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         const Keep<Tile> keep(args, seed, row, row_below, Tile::column(j));
@@ -188,7 +188,7 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
         for (int half = 0; half < 2; ++half) {
           const int row = Tile::row(i, half);
           if (row < place.rows) {
-            float* target = args.row_sum + flat_row(args, shared.positions[row]);
+            float* target = args.row_sum + shared.offsets[row].flat;
             *target = (args.group == 0 ? 0.f : *target) + factor * sum[i][half];
           }
         }

@@ -65,10 +65,11 @@ __device__ inline std::int64_t offset(const Rows& rows, const Position& at) {
   return at.batch * rows.batch + at.head * rows.head + at.query * rows.row;
 }
 
-// The row's index in contiguous results, which is the row of the dropout mask too.
-__device__ inline std::int64_t flat_row(const RowArguments& args, const Position& at) {
-  return (std::int64_t{at.batch} * args.heads + at.head) * args.queries + at.query;
-}
+// What is asked for most often of a row. flat: its index in contiguous results, and in the dropout mask. added: where
+// its added row begins.
+struct RowOffsets {
+  std::int64_t flat, added;
+};
 
 // An operand that a batch axis shares belongs to the first image along it: it is written, or added, once.
 __device__ inline bool is_owner(const Rows& rows, const Position& at) {
@@ -85,6 +86,7 @@ struct SharedMemory {
   float* key_bias;          // forward, (kKeys): 0, or the bias that all rows share, or -inf behind the last key
   float* column_sums;       // backward, (kWarpRows, kKeys): in the same place
   float* scratch[2];        // (kRows, kWarpColumns), for sums over a row
+  RowOffsets* offsets;      // (kRows)
   Position* positions;      // (kRows)
   char* map;
 
@@ -95,7 +97,8 @@ struct SharedMemory {
     column_sums = key_bias;
     scratch[0] = key_bias + Tile::kWarpRows * Tile::kKeys;
     scratch[1] = scratch[0] + Tile::kRows * Tile::kWarpColumns;
-    positions = reinterpret_cast<Position*>(scratch[1] + Tile::kRows * Tile::kWarpColumns);
+    offsets = reinterpret_cast<RowOffsets*>(scratch[1] + Tile::kRows * Tile::kWarpColumns);
+    positions = reinterpret_cast<Position*>(offsets + Tile::kRows);
     base = static_cast<unsigned>(__cvta_generic_to_shared(memory));
     values = base + Tile::kRows * args.map_pitch;
   }
