@@ -77,14 +77,14 @@ class SimulatedDevice:
 
 @contextlib.contextmanager
 def simulated(**options) -> Iterator[SimulatedDevice]:
-    """Inside the context the cuda backend's functions take CPU tensors and run on a simulated device."""
+    """Inside the context the cuda backend takes CPU tensors and runs on a simulated device."""
     device = SimulatedDevice(**options)
-    before = cuda._run, cuda._device
-    cuda._run, cuda._device = device.run, lambda _: device.facts
+    before = cuda._run, cuda._device, cuda.can_run
+    cuda._run, cuda._device, cuda.can_run = device.run, lambda _: device.facts, lambda _: None
     try:
         yield device
     finally:
-        cuda._run, cuda._device = before
+        cuda._run, cuda._device, cuda.can_run = before
 
 
 def _address(x: Tensor) -> int:

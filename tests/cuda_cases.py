@@ -1,0 +1,198 @@
+"""Cases of residual attention for kernels, and what a kernel's results are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bda_fused import functional as F
+from bda_fused import testing
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. Shapes are those of the operands; None leaves one out.
+
+    value None: the key is the value. residual "query": the query is the residual. layout: operand -> a function that
+    gives it other strides. masked: share of the keys that a bias of -inf masks. row: also mask the first row wholly.
+    """
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...] | None
+    residual: tuple[int, ...] | str | None
+    bias: tuple[int, ...] | None = None
+    masked: float = 0.0
+    masked_row: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    need_weights: bool = False
+    need_row_sum: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    residual_dtype: torch.dtype | None = None
+    bias_dtype: torch.dtype = torch.float32
+    needs: str = "qkvrb"
+    layout: dict = field(default_factory=dict)
+
+    def but(self, **changes) -> Case:
+        return replace(self, **changes)
+
+
+def ssa(images, regions, attributes, width, **options) -> Case:
+    return Case((images, regions, width), (attributes, width), (attributes, width), (images, regions, width), **options)
+
+
+def vsa(images, regions, attributes, width, **options) -> Case:
+    return Case((attributes, width), (images, regions, width), (images, regions, width), (attributes, width), **options)
+
+
+def rsa(images, regions, width, **options) -> Case:
+    shape = (images, regions, width)
+    return Case(shape, shape, shape, shape, **({"bias": (regions, regions)} | options))
+
+
+def padded(x: Tensor) -> Tensor:
+    """Rows with a gap behind them, of odd length."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+def shifted(x: Tensor) -> Tensor:
+    """One element behind an aligned address."""
+    memory = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)
+    memory[1:] = x.flatten()
+    return memory[1:].view(x.shape)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The last stride is not 1."""
+    return x.mT.contiguous().mT
+
+
+def expanded(x: Tensor) -> Tensor:
+    """Every image is the first, by a stride of 0."""
+    return x[:1].expand(x.shape)
+
+
+def make_operands(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape, dtype):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    residual = case.residual if isinstance(case.residual, tuple) else None
+    operands = {
+        "query": draw(case.query, case.dtype),
+        "key": draw(case.key, case.dtype),
+        "value": None if case.value is None else draw(case.value, case.dtype),
+        "residual": None if residual is None else draw(residual, case.residual_dtype or case.dtype),
+        "attn_bias": None,
+    }
+    if case.bias is not None:
+        bias = draw(case.bias, case.bias_dtype)
+        masked = torch.rand(case.bias, generator=generator) < case.masked
+        if case.masked_row:
+            masked[..., 0, :] = True
+        operands["attn_bias"] = bias.masked_fill(masked, -torch.inf)
+    for name, lay_out in case.layout.items():
+        operands[name] = lay_out(operands[name])
+    return operands
+
+
+def natural(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """The formulation as it is written: products in the operands' dtype, softmax in float32 or float64."""
+    query, key, value, residual, bias = operands.values()
+    value = key if value is None else value
+    residual = query if case.residual == "query" else residual
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if case.scale is None else case.scale
+    scores = (query @ key.mT).to(wide) * scale
+    if bias is not None:
+        bias = bias.to(wide)
+        dead = (bias == -torch.inf).all(-1, keepdim=True)
+        weights = torch.softmax(scores + bias.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    else:
+        weights = torch.softmax(scores, -1)
+    dropped = weights if mask is None else weights * mask
+    y = dropped.to(query.dtype) @ value
+    if residual is not None:
+        y = residual + y
+    return y, weights.to(query.dtype).expand(dropped.shape), dropped.sum(-1)
+
+
+def run(operands: dict[str, Tensor | None], case: Case, backend: str | None, mask: Tensor | None = None):
+    """Results and gradients, by the backend or, where it is None, by the natural formulation."""
+    letters = dict(zip(operands, "qkvrb", strict=True))
+    leaves = {
+        name: None if x is None else x.detach().requires_grad_(letters[name] in case.needs)
+        for name, x in operands.items()
+    }
+    if backend is None:
+        y, weights, row_sum = natural(leaves, case, mask)
+    else:
+        query, key, value, residual, bias = leaves.values()
+        y, weights, row_sum = F.attend(
+            query,
+            key,
+            value,
+            residual,
+            scale=case.scale,
+            attn_bias=bias,
+            dropout_p=case.dropout_p,
+            residual_is_query=case.residual == "query",
+            need_weights=case.need_weights,
+            need_row_sum=case.need_row_sum,
+            backend=backend,
+        )
+    results = {"y": y}
+    if case.need_weights:
+        results["map"] = weights
+    if case.need_row_sum:
+        results["row_sum"] = row_sum
+    wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
+    if wanted:
+        upstream = [_upstream(x) for x in results.values()]
+        grads = torch.autograd.grad(list(results.values()), list(wanted.values()), upstream)
+        results |= {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True)}
+    return {name: x.detach() for name, x in results.items()}
+
+
+def _upstream(x: Tensor) -> Tensor:
+    """A gradient that depends on the shape alone, of about unit size."""
+    generator = torch.Generator().manual_seed(x.numel())
+    return torch.randn(x.shape, generator=generator).to(torch.bfloat16).to(x.dtype)
+
+
+def assert_parity(case: Case, backend: str, seed: int = 0) -> dict[str, Tensor]:
+    """The backend's results and gradients obey the rule of numerics."""
+    operands = make_operands(case, seed)
+    with testing.record_seeds() as seeds:
+        ours = run(operands, case, backend)
+    scores = _score_shape(operands)
+    mask = None
+    if case.dropout_p:
+        keep = testing.philox_keep(seeds[0], case.dropout_p, scores)
+        mask = keep.double() / (1 - case.dropout_p) if case.dropout_p < 1 else torch.zeros(scores, dtype=torch.double)
+    wide = {name: None if x is None else x.double() for name, x in operands.items()}
+    truth = run(wide, case, None, mask)
+    yardstick = run(operands, case, None, None if mask is None else mask.float())
+    for name, x in ours.items():
+        assert x.shape == truth[name].shape, name
+        assert x.dtype == yardstick[name].dtype, f"{name} is {x.dtype}"
+        testing.assert_close(
+            x, truth[name], yardstick[name], gradient="gradient" in name, largest_term=_largest(truth), name=name
+        )
+    return ours
+
+
+def _score_shape(operands: dict[str, Tensor | None]) -> tuple[int, ...]:
+    given = [x for x in operands.values() if x is not None]
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in given))
+    return (*batch, operands["query"].shape[-2], operands["key"].shape[-2])
+
+
+def _largest(results: dict[str, Tensor]) -> float:
+    return max((float(x.abs().max()) for x in results.values() if x.numel()), default=0.0)
