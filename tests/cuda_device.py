@@ -99,7 +99,9 @@ def _allocate(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     return copy.untyped_storage()
 
 
-def _moved(arguments: bytes, storages: dict[int, torch.UntypedStorage], copies: dict[int, torch.UntypedStorage]) -> bytes:
+def _moved(
+    arguments: bytes, storages: dict[int, torch.UntypedStorage], copies: dict[int, torch.UntypedStorage]
+) -> bytes:
     """The arguments with every address in a storage replaced by that in its copy."""
     words = np.frombuffer(arguments, np.uint64).copy()
     for index, word in enumerate(words.tolist()):

@@ -100,7 +100,7 @@ def forward(
         out=out,
         weights=weights if keeps else None,
         scale=scale,
-        bias=None if attn_bias is None else attn_bias.float(),
+        bias=None if attn_bias is None else _with_unit_stride(attn_bias.float()),
         seed=seed,
         dropout_p=dropout_p,
         pointers={"row_sum": row_sum if need_row_sum else None, "statistics": _statistics(row_sum, problem)},
@@ -150,11 +150,17 @@ def backward(
     query_per_row = list(query.shape[:2]) == outer
     scores_grad = dy.new_empty(problem.scores) if need_key or (need_query and not query_per_row) else None
     dropped = dy.new_empty(problem.scores) if need_value and seed is not None else None
+    need_summands = False
+    if need_bias:
+        assert attn_bias is not None
+        need_summands = attn_bias.shape[3] > 1
+        if not need_summands:  # the same for all keys of a row: it cannot matter
+            grad_bias = torch.zeros_like(attn_bias)
     out = None
     if need_query and query_per_row:
         grad_query = query.new_empty(query.shape)
         out = _accumulator(grad_query, keys)
-    if scores_grad is not None or dropped is not None or out is not None or need_bias:
+    if scores_grad is not None or dropped is not None or out is not None or need_summands:
         launches: list[Launch] = []
         first, second = _aligned((value, None if out is None else key), launches)
         assert first is not None
@@ -180,7 +186,7 @@ def backward(
         )
         device = _device(query.device)
         summands = None
-        if need_bias:
+        if need_summands:
             assert attn_bias is not None
             by_key = tuple(attn_bias.shape) == (1, 1, 1, keys)
             shape = (rows.shape(device).grid, keys) if by_key else problem.scores

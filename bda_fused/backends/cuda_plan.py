@@ -54,7 +54,6 @@ class RowArguments(ctypes.Structure):
         ("added", Rows),
         ("out", ctypes.c_void_p),
         ("bias", Rows),
-        ("bias_key", ctypes.c_int64),
         ("weights", Rows),
         ("weights_grad", Rows),
         *(
@@ -83,6 +82,7 @@ class RowArguments(ctypes.Structure):
                 "inner_batches",
                 "inner_heads",
                 "tiles",
+                "bias_key",
                 "total_keys",
                 "first_key",
                 "group",
@@ -158,7 +158,7 @@ class Tile:
         return passes, -(-blocks // max(passes, 1))
 
 
-_NARROW, _WIDE = Tile(96, 128, 384, 4), Tile(96, 320, 384, 4)
+_NARROW, _WIDE = Tile(96, 128, 384, 4), Tile(96, 320, 352, 4)
 _LOW = {rows: Tile(rows, 320, 384, 8) for rows in (80, 64, 48)}
 _LONG = Tile(32, _LARGEST_GROUP, 384, 8)
 _FLOAT32 = (Tile(48, 320, 256, 8), Tile(32, _LARGEST_GROUP, 256, 8))
@@ -204,7 +204,7 @@ class SharedMemory:
         value_stages = 2 * (64 // itemsize) * 16 * value_units
         result_slice = 16 * warp_rows * (_round_up(8 * pass_blocks, 32) + 8) * 4
         overlaid = _round_up(max(scores, tile.rows * map_pitch + max(value_stages, result_slice)), _CHUNK)
-        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * (16 + 12)
+        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * (24 + 12)
         return cls(map_pitch, 16 * value_units, overlaid, overlaid + kept)
 
 
@@ -360,9 +360,8 @@ class RowProblem:
 
 def _copied_unit(x: Tensor, shape: BlockShape) -> int:
     """Bytes in which rows can be copied past the registers, all a constant distance apart: 16, 4, or 0 for not at all."""
-    merged = (
-        shape.inner_batches * shape.inner_heads == 1
-        or (shape.inner_heads == 1 and _stride(x, 0) == x.shape[2] * _stride(x, 2))
+    merged = shape.inner_batches * shape.inner_heads == 1 or (
+        shape.inner_heads == 1 and _stride(x, 0) == x.shape[2] * _stride(x, 2)
     )
     steps = [x.data_ptr(), *(_stride(x, axis) * x.element_size() for axis in range(3))]
     return next((unit for unit in (16, 4) if merged and all(step % unit == 0 for step in steps)), 0)

@@ -32,7 +32,6 @@ struct RowArguments {
   void* out;    // (B, H, L, out_width), contiguous
 
   Rows bias;               // float32 (B, H, L, S), added to the scaled scores; null data: none
-  std::int64_t bias_key;   // the bias's stride over keys
   Rows weights;            // P: (B or 1, H or 1, L, S). The forward writes it, null data: nobody wants it
   Rows weights_grad;       // backward: the gradient of P, of any alignment; null data: none
   const float* row_sum_grad;  // backward: (B, H, L); null: none
@@ -49,6 +48,7 @@ struct RowArguments {
   // Rows that meet the same keys are one group: those of all batches, or heads, over which the keys are shared.
   std::int32_t inner_batches, inner_heads;
   std::int32_t tiles;                          // row tiles of a group
+  std::int32_t bias_key;                       // the bias's stride over keys, 1 or 0
   std::int32_t total_keys, first_key;          // S, and where this launch's keys begin
   std::int32_t group, groups;                  // of keys: this one, and how many there are
   Step step;

@@ -213,13 +213,13 @@ struct ValueRows {
 
   const char* from;
   std::int64_t step;   // from one row of this warp to its next
-  int key, keys, pitch, units, valid[kUnits];
+  int first_key, keys, pitch, units, valid[kUnits];
 
   // position: of the pass in a row, in bytes. first_key: of the next stage.
   __device__ ValueRows(const char* values, const RowArguments& args, int position, int first_key)
       : from(values + (first_key + warp()) * args.second.row * Size<Element>::kBytes + position + 16 * Tile::lane()),
         step(kWarps * args.second.row * Size<Element>::kBytes),
-        key(first_key + warp()),
+        first_key(first_key),
         keys(args.keys),
         pitch(args.value_pitch),
         units(args.pass_blocks * Size<Element>::kBlockUnits) {
@@ -232,19 +232,29 @@ struct ValueRows {
 
   // The next stage; zeros behind the last key and column.
   __device__ void copy(unsigned stage) {
-    const unsigned to = stage + warp() * pitch + 16 * Tile::lane();
+    if (first_key + Size<Element>::kStageKeys <= keys) {
+      copy<false>(stage);
+    } else {
+      copy<true>(stage);
+    }
+    first_key += Size<Element>::kStageKeys;
+    commit_copies();
+  }
+
+ private:
+  template <bool LAST>
+  __device__ void copy(unsigned stage) {
+    unsigned to = stage + warp() * pitch + 16 * Tile::lane();
 #pragma unroll
     for (int row = 0; row < kPerWarp; ++row) {
+      const bool exists = !LAST || first_key + warp() + row * kWarps < keys;
 #pragma unroll
       for (int i = 0; i < kUnits; ++i) {
-        if (Tile::lane() + 32 * i < units) {
-          copy_async<16>(to + row * kWarps * pitch + 512 * i, from + 512 * i, key < keys ? valid[i] : 0);
-        }
+        if (Tile::lane() + 32 * i < units) copy_async<16>(to + 512 * i, from + 512 * i, exists ? valid[i] : 0);
       }
       from += step;
-      key += kWarps;
+      to += kWarps * pitch;
     }
-    commit_copies();
   }
 };
 

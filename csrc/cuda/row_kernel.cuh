@@ -55,7 +55,7 @@ __device__ void store_result(T* out, const Rows& added, Kind kind, std::int64_t 
 // The fragments of a pass, a row tile of every warp at a time, through shared memory to rows of the result.
 template <class Element, class Tile>
 __device__ void store_pass(const float (&result)[Tile::kRowTiles][Tile::kOutBlocks][4], const RowArguments& args,
-                           const SharedMemory<Tile>& shared, const Place& place, int first_column, float factor) {
+                           const SharedMemory<Tile>& shared, int rows, int first_column, float factor) {
   using T = typename Element::Storage;
   const int columns = 8 * args.pass_blocks;
   const int pitch = round_up(columns, 32) + 8;  // neighbouring rows eight banks apart
@@ -79,8 +79,8 @@ __device__ void store_pass(const float (&result)[Tile::kRowTiles][Tile::kOutBloc
     __syncthreads();
     for (int index = threadIdx.x / 32; index < 16 * Tile::kWarpRows; index += kWarps) {
       const int row = index / 16 * 16 * Tile::kRowTiles + 16 * row_tile + index % 16;
-      if (row >= place.rows) continue;
-      const RowOffsets offsets = shared.offsets[row];
+      if (row >= rows) continue;
+      const RowOffsets& offsets = shared.offsets[row];
       const std::int64_t added_row = offsets.added + first_column;
       const std::int64_t out_row = offsets.flat * args.out_width + first_column;
       const float* slice = shared.slice + index * pitch;
@@ -109,7 +109,7 @@ __device__ void row_kernel(const RowArguments& args) {
     const Position at = place.position(args, threadIdx.x);
     shared.positions[threadIdx.x] = at;
     shared.offsets[threadIdx.x] = {(std::int64_t{at.batch} * args.heads + at.head) * args.queries + at.query,
-                                   offset(args.added, at)};
+                                   offset(args.added, at), offset(args.bias, at)};
   }
   const Position first = place.position(args, 0);
   Map::prepare(args, shared, first);
@@ -117,19 +117,19 @@ __device__ void row_kernel(const RowArguments& args) {
 
   float scores[Tile::kRowTiles][Tile::kKeyBlocks][4];
   multiply_scores<Element>(scores, args, shared, place.rows, keys_of<Element>(args.first, first));
-  const char* values = keys_of<Element>(args.second, first);
-  if (args.passes > 0 && args.step != kStatistics) ValueRows<Element, Tile>(values, args, 0, 0).copy(shared.values);
+  // Not kept in registers while the map needs them all.
+  const auto values = [&] { return keys_of<Element>(args.second, shared.positions[0]); };
+  if (args.passes > 0 && args.step != kStatistics) ValueRows<Element, Tile>(values(), args, 0, 0).copy(shared.values);
   if (!Map::apply(scores, args, shared, place)) return;
 
-  const float factor = Map::factor(args);
 #pragma unroll 1
   for (int pass = 0; pass < args.passes; ++pass) {
     const int first_column = pass * 8 * args.pass_blocks;
     const int position = first_column * Size<Element>::kBytes;
-    if (pass > 0) ValueRows<Element, Tile>(values, args, position, 0).copy(shared.values);
+    if (pass > 0) ValueRows<Element, Tile>(values(), args, position, 0).copy(shared.values);
     float result[Tile::kRowTiles][Tile::kOutBlocks][4];
-    multiply_values<Element>(result, args, shared, values, position);
-    store_pass<Element>(result, args, shared, place, first_column, factor);
+    multiply_values<Element>(result, args, shared, values(), position);
+    store_pass<Element>(result, args, shared, place.rows, first_column, Map::factor(args));
   }
 }
 

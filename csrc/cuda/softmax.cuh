@@ -66,16 +66,24 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* bias = static_cast<const float*>(args.bias.data) +
-                            offset(args.bias, shared.positions[Tile::row(i, half)]) + Tile::column(0) * args.bias_key;
+        const float* bias = static_cast<const float*>(args.bias.data) + shared.offsets[Tile::row(i, half)].bias;
+        if (args.bias_key == 0) {
 #pragma unroll
-        for (int j = 0; j < kKeyBlocks; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            if (Tile::column(j) + e < args.keys) scores[i][j][2 * half + e] += bias[e * args.bias_key] * kLog2e;
+          for (int j = 0; j < kKeyBlocks; ++j) {
+            scores[i][j][2 * half] += *bias * kLog2e;
+            scores[i][j][2 * half + 1] += *bias * kLog2e;
           }
-          bias += 8 * Tile::kWarpColumns * args.bias_key;
+        } else {
+#pragma unroll
+          for (int j = 0; j < kKeyBlocks; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int key = Tile::column(j) + e;
+              if (key < args.keys) scores[i][j][2 * half + e] += bias[key] * kLog2e;
+            }
+          }
         }
+        asm volatile("" ::: "memory");  // the loads of all rows at once would not fit the registers
       }
     }
   }

@@ -65,10 +65,10 @@ __device__ inline std::int64_t offset(const Rows& rows, const Position& at) {
   return at.batch * rows.batch + at.head * rows.head + at.query * rows.row;
 }
 
-// What is asked for most often of a row. flat: its index in contiguous results, and in the dropout mask. added: where
-// its added row begins.
+// What is asked for most often of a row. flat: its index in contiguous results, and in the dropout mask. added, bias:
+// where its added row and its bias begin.
 struct RowOffsets {
-  std::int64_t flat, added;
+  std::int64_t flat, added, bias;
 };
 
 // An operand that a batch axis shares belongs to the first image along it: it is written, or added, once.
