@@ -1,8 +1,13 @@
 """The CUDA kernels, compiled to PTX and run by the simulator, through the public functions and autograd."""
 
+import os
+import random
+import time
+
 import pytest
 import torch
 
+from bda_fused.backends import cuda_plan
 from tests import cuda_cases as cases
 from tests.cuda_cases import Case, assert_parity, rsa, ssa, vsa
 from tests.cuda_device import simulated
@@ -77,3 +82,125 @@ CASES = {
 def test_parity(case):
     with simulated():
         assert_parity(case, "cuda")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_every_tile(direction, dtype, monkeypatch):
+    """Each in turn is the only one; more rows than one tile has, and all of its keys but a few."""
+    element = cuda_plan.element_name(dtype)
+    for tile in cuda_plan.TILES[element][direction]:
+        monkeypatch.setitem(cuda_plan.TILES[element], direction, (tile,))
+        case = ssa(1, tile.rows + 17, tile.keys - 5, 44, dtype=dtype, bias=(tile.keys - 5,))
+        with simulated(shared_limit=227 * 1024) as device:
+            assert_parity(case, "cuda")
+        assert any(launch.kernel.endswith(f"{direction}_{element}_{tile.name}") for launch in device.launches)
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_float32_precision_follows_torch(precision):
+    before = torch.get_float32_matmul_precision()
+    operands = cases.make_operands(ssa(1, 17, 40, 64, dtype=FP32))
+    wide = {name: None if x is None else x.double() for name, x in operands.items()}
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with simulated():
+            y = cases.run(operands, ssa(1, 17, 40, 64, dtype=FP32, needs=""), "cuda")["y"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    error = (y.double() - cases.run(wide, ssa(1, 17, 40, 64, needs=""), None)["y"]).abs().max()
+    # Products of 10-bit fractions are off by 2 ** -11 of each factor, those of sums of two by about float32's own error.
+    assert 1e-5 < error < 1e-2 if precision == "high" else error < 2e-6
+
+
+def test_small_shared_memory():
+    """The 99 KiB of consumer cards, at CUB's sizes."""
+    with simulated(shared_limit=99 * 1024) as device:
+        assert_parity(ssa(1, 50, 312, 350), "cuda")
+    assert all(launch.shared <= 99 * 1024 for launch in device.launches)
+
+
+@pytest.mark.parametrize(
+    "case", [ssa(2, 120, 21, 44, bias=(21,), dropout_p=0.2), vsa(3, 40, 21, 44), ssa(1, 40, 600, 24)]
+)
+def test_order_of_blocks_changes_no_bit(case):
+    operands = cases.make_operands(case)
+    results = []
+    for seed in (0, 1, 2):
+        torch.manual_seed(5)
+        with simulated(seed=seed):
+            results.append(cases.run(operands, case, "cuda"))
+    for name, x in results[0].items():
+        assert all(torch.equal(x, other[name]) for other in results[1:]), name
+
+
+@pytest.mark.parametrize("shape", ["B", "L", "S"])
+def test_empty(shape):
+    sizes = {"B": 2, "L": 3, "S": 5} | {shape: 0}
+    b, rows, keys = sizes.values()
+    case = Case((b, rows, 8), (b, keys, 8), (b, keys, 8), (b, rows, 8), needs="qkvr", dtype=BF16)
+    operands = cases.make_operands(case)
+    with simulated():
+        results = cases.run(operands, case, "cuda")
+    assert torch.equal(results["y"], operands["residual"])
+    assert torch.equal(results["gradient of residual"], cases._upstream(results["y"]))
+    for name in ("query", "key", "value"):
+        assert results[f"gradient of {name}"].eq(0).all(), name
+
+
+def random_case(generator: random.Random) -> Case:
+    """Any problem that the public function takes, small."""
+    pick = generator.choice
+    images, heads = pick([1, 2, 3]), pick([0, 0, 1, 2])
+    rows, keys = pick([1, 5, 16, 33, 70]), pick([1, 8, 13, 49, 130, 333, 520])
+    width, out_width = (pick([1, 3, 8, 20, 33, 64, 70]) for _ in range(2))
+    key_is_value, residual = pick([False, False, True]), pick(["own", "own", "query", None])
+    out_width = width if key_is_value or residual == "query" else out_width
+
+    def shape(*last):
+        batch = (pick([1, images]), pick([1, heads])) if heads else pick([(), (1,), (images,)])
+        return (*batch, *last)
+
+    bias = pick([None, (keys,), (rows, keys), (rows, 1), shape(1, keys), shape(rows, keys)])
+    bias = bias if bias is None or len(bias) != 3 or not heads else (1, *bias)
+    dtype = pick([BF16, BF16, FP16, FP32])
+    present = ["query", "key", *([] if key_is_value else ["value"]), *(["residual"] if residual == "own" else [])]
+    case = Case(
+        query=shape(rows, width),
+        key=shape(keys, width),
+        value=None if key_is_value else shape(keys, out_width),
+        residual=shape(rows, out_width) if residual == "own" else residual,
+        bias=bias,
+        masked=pick([0.0, 0.3]),
+        masked_row=pick([False, True]) and bias is not None and bias[-2:] == (rows, keys) and rows > 1,
+        scale=pick([None, -0.5, 0.2]),
+        dropout_p=pick([0.0, 0.0, 0.3]),
+        need_weights=pick([False, True]),
+        need_row_sum=pick([False, True]),
+        dtype=dtype,
+        residual_dtype=pick([None, dtype, FP32, BF16]),
+        bias_dtype=pick([FP32, BF16]),
+        needs="".join(letter for letter in "qkvrb" if generator.random() < 0.7),
+        layout={
+            name: pick([cases.padded, cases.shifted, cases.transposed]) for name in present if generator.random() < 0.3
+        },
+    )
+    return case
+
+
+def test_fuzz():
+    """BDA_FUSED_FUZZ_SEED and BDA_FUSED_FUZZ_SECONDS in the environment make it another, or longer."""
+    generator = random.Random(int(os.environ.get("BDA_FUSED_FUZZ_SEED", "0")))
+    end = time.monotonic() + float(os.environ.get("BDA_FUSED_FUZZ_SECONDS", "20"))
+    count = 0
+    while time.monotonic() < end:
+        case, seed = random_case(generator), generator.randrange(2**31)
+        torch.manual_seed(seed)
+        try:
+            with simulated(processors=generator.choice([2, 108]), shared_limit=generator.choice([99, 163, 227]) * 1024):
+                assert_parity(case, "cuda", seed)
+        except Exception as error:
+            raise AssertionError(f"case {count}, seed {seed}: {case}") from error
+        count += 1
+    print(f"{count} cases")
+    assert count > 10

@@ -359,7 +359,7 @@ class RowProblem:
 
 
 def _copied_unit(x: Tensor, shape: BlockShape) -> int:
-    """Bytes in which rows can be copied past the registers, all a constant distance apart: 16, 4, or 0 for not at all."""
+    """Bytes in which left rows can be copied past the registers, a constant distance apart: 16, 4, or 0 for never."""
     merged = shape.inner_batches * shape.inner_heads == 1 or (
         shape.inner_heads == 1 and _stride(x, 0) == x.shape[2] * _stride(x, 2)
     )

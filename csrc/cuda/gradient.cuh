@@ -87,9 +87,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
           const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
-          scores[i][j][2 * half] *= p.x;  // P * dP from here on
-          scores[i][j][2 * half + 1] *= p.y;
-          delta[i][half] += scores[i][j][2 * half] + scores[i][j][2 * half + 1];
+          delta[i][half] += p.x * scores[i][j][2 * half] + p.y * scores[i][j][2 * half + 1];
         }
       }
     }
@@ -119,8 +117,8 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
           const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
-          scores[i][j][2 * half] -= p.x * delta[i][half];
-          scores[i][j][2 * half + 1] -= p.y * delta[i][half];
+          scores[i][j][2 * half] = p.x * (scores[i][j][2 * half] - delta[i][half]);
+          scores[i][j][2 * half + 1] = p.y * (scores[i][j][2 * half + 1] - delta[i][half]);
         }
       }
     }
