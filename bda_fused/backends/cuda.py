@@ -89,8 +89,10 @@ def forward(
     launches: list[Launch] = []
     first, second = _aligned((key, value), launches)
     assert first is not None
-    out = _accumulator(y, keys)
+    device = _device(query.device)
+    out = _accumulator(y, keys, device)
     rows = RowProblem(
+        device,
         "forward",
         problem.scores,
         left=_with_unit_stride(query),
@@ -103,9 +105,9 @@ def forward(
         bias=None if attn_bias is None else _with_unit_stride(attn_bias.float()),
         seed=seed,
         dropout_p=dropout_p,
-        pointers={"row_sum": row_sum if need_row_sum else None, "statistics": _statistics(row_sum, problem)},
+        pointers={"row_sum": row_sum if need_row_sum else None, "statistics": _statistics(row_sum, problem, device)},
     )
-    _run(launches + rows.launches(_device(query.device)), query.device)
+    _run(launches + rows.launches(), query.device)
     return y if out is y else y.copy_(out), weights, row_sum, lse
 
 
@@ -147,6 +149,7 @@ def backward(
 
     # The kernel's results: dS for the long products, P * M for dV, dQ where every row has its own query, and what the
     # bias's gradient is summed from.
+    device = _device(query.device)
     query_per_row = list(query.shape[:2]) == outer
     scores_grad = dy.new_empty(problem.scores) if need_key or (need_query and not query_per_row) else None
     dropped = dy.new_empty(problem.scores) if need_value and seed is not None else None
@@ -159,12 +162,13 @@ def backward(
     out = None
     if need_query and query_per_row:
         grad_query = query.new_empty(query.shape)
-        out = _accumulator(grad_query, keys)
+        out = _accumulator(grad_query, keys, device)
     if scores_grad is not None or dropped is not None or out is not None or need_summands:
         launches: list[Launch] = []
         first, second = _aligned((value, None if out is None else key), launches)
         assert first is not None
         rows = RowProblem(
+            device,
             "backward",
             problem.scores,
             left=dy,
@@ -181,18 +185,17 @@ def backward(
                 "row_sum_grad": None if grad_row_sum is None else grad_row_sum.contiguous(),
                 "scores_grad": scores_grad,
                 "dropped": dropped,
-                "statistics": _statistics(query, problem),
+                "statistics": _statistics(query, problem, device),
             },
         )
-        device = _device(query.device)
         summands = None
         if need_summands:
             assert attn_bias is not None
             by_key = tuple(attn_bias.shape) == (1, 1, 1, keys)
-            shape = (rows.shape(device).grid, keys) if by_key else problem.scores
+            shape = (rows.shape().grid, keys) if by_key else problem.scores
             summands = query.new_empty(shape, dtype=torch.float32)
             rows.pointers["bias_grad_sums" if by_key else "bias_grad"] = summands
-        _run(launches + rows.launches(device), query.device)
+        _run(launches + rows.launches(), query.device)
         if out is not None and out is not grad_query:
             grad_query.copy_(out)
         if summands is not None and attn_bias is not None:
@@ -214,9 +217,9 @@ def _needed(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor, Tenso
     return query, key, value, bias
 
 
-def _accumulator(out: Tensor, keys: int) -> Tensor:
+def _accumulator(out: Tensor, keys: int, device: Device) -> Tensor:
     """Where the kernel writes ``out``: several groups of keys add up in float32."""
-    if len(cuda_plan.key_groups(keys)) == 1 or out.dtype == torch.float32:
+    if len(cuda_plan.key_groups(keys, device)) == 1 or out.dtype == torch.float32:
         return out
     return torch.empty_like(out, dtype=torch.float32)
 
@@ -242,9 +245,9 @@ def _aligned(operands: Sequence[Tensor | None], launches: list[Launch]) -> list[
     return result
 
 
-def _statistics(x: Tensor, problem: Problem) -> Tensor | None:
+def _statistics(x: Tensor, problem: Problem, device: Device) -> Tensor | None:
     """What the groups of keys know of each other, where there are several."""
-    groups = cuda_plan.key_groups(problem.scores[3])
+    groups = cuda_plan.key_groups(problem.scores[3], device)
     return x.new_empty((len(groups), *problem.scores[:3]), dtype=torch.float32) if len(groups) > 1 else None
 
 

@@ -24,7 +24,7 @@ from bda_fused import dropout
 
 THREADS = 256
 _CHUNK = 128  # bytes of a row that are on chip at a time
-_LARGEST_GROUP = 512  # keys whose scores fit on chip
+_MOST_KEYS = 512  # whose scores fit on chip
 
 # What a block costs beside its rows, in rows: its keys and values are loaded for any number of them.
 _BLOCK_OVERHEAD = 16
@@ -160,8 +160,8 @@ class Tile:
 
 _NARROW, _WIDE = Tile(96, 128, 384, 4), Tile(96, 320, 352, 4)
 _LOW = {rows: Tile(rows, 320, 384, 8) for rows in (80, 64, 48)}
-_LONG = Tile(32, _LARGEST_GROUP, 384, 8)
-_FLOAT32 = (Tile(48, 320, 256, 8), Tile(32, _LARGEST_GROUP, 256, 8))
+_LONG = Tile(32, _MOST_KEYS, 384, 8)
+_FLOAT32 = (Tile(48, 320, 256, 8), Tile(32, _MOST_KEYS, 256, 8))
 
 # Element type of the kernels -> direction -> the tiles that are built, the better of two equals first.
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
@@ -227,9 +227,15 @@ def choose_tile(
     )
 
 
-def key_groups(keys: int) -> list[int]:
+def key_groups(keys: int, device: Device) -> list[int]:
     """How many keys each launch sees: all of them, where they fit on chip."""
-    return [min(_LARGEST_GROUP, keys - first) for first in range(0, keys, _LARGEST_GROUP)]
+    most = _group_size(device)
+    return [min(most, keys - first) for first in range(0, keys, most)]
+
+
+def _group_size(device: Device) -> int:
+    """Two stages of so many keys are held at a time. A multiple of 4, as the dropout mask's counters are."""
+    return _MOST_KEYS if device.shared_limit >= 160 * 1024 else 320
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,7 @@ class RowProblem:
     scores: (B, H, L, S). first and second: aligned (``is_aligned``). The other operands: unit last stride.
     """
 
+    device: Device
     direction: str
     scores: tuple[int, int, int, int]
     left: Tensor
@@ -269,7 +276,7 @@ class RowProblem:
     dropout_p: float = 0.0
     pointers: dict[str, Tensor | None] = field(default_factory=dict)
 
-    def shape(self, device: Device) -> BlockShape:
+    def shape(self) -> BlockShape:
         """How the rows are divided among blocks: the same for every group of keys."""
         batches, heads, queries, _ = self.scores
         shared_by = [x for x in (self.first, self.second) if x is not None]
@@ -279,22 +286,24 @@ class RowProblem:
         groups, rows = batches * heads // (inner_batches * inner_heads), inner_batches * inner_heads * queries
         tiles = TILES[element_name(self.left.dtype)][self.direction]
         itemsize = self.left.element_size()
-        tile = choose_tile(tiles, groups, rows, key_groups(self.scores[3])[0], self.out_width, itemsize, device)
+        tile = choose_tile(
+            tiles, groups, rows, key_groups(self.scores[3], self.device)[0], self.out_width, itemsize, self.device
+        )
         return BlockShape(tile, groups, -(-rows // tile.rows), inner_batches, inner_heads)
 
     @property
     def out_width(self) -> int:
         return 0 if self.second is None else self.second.shape[3]
 
-    def launches(self, device: Device) -> list[Launch]:
+    def launches(self) -> list[Launch]:
         """One launch where all keys fit on chip; else two for every group of keys, and the results add up."""
-        shape, groups = self.shape(device), range(len(key_groups(self.scores[3])))
+        shape, groups = self.shape(), range(len(key_groups(self.scores[3], self.device)))
         steps = [_WHOLE] if len(groups) == 1 else [_STATISTICS, _RESULTS]
         return [self._launch(shape, step, group) for step in steps for group in groups]
 
     def _launch(self, shape: BlockShape, step: int, group: int) -> Launch:
         batches, heads, queries, total_keys = self.scores
-        first_key, keys = group * _LARGEST_GROUP, key_groups(total_keys)[group]
+        first_key, keys = group * _group_size(self.device), key_groups(total_keys, self.device)[group]
         passes, pass_blocks = shape.tile.passes(self.out_width)
         memory = SharedMemory.of(shape.tile, self.left.element_size(), keys, pass_blocks)
         tensors: dict[str, Tensor] = {}
@@ -341,7 +350,7 @@ class RowProblem:
             total_keys=total_keys,
             first_key=first_key,
             group=group,
-            groups=len(key_groups(total_keys)),
+            groups=len(key_groups(total_keys, self.device)),
             step=step,
             added_kind=0 if added is None else _KINDS[added.dtype],
             out_kind=0 if self.out is None else _KINDS[self.out.dtype],

@@ -1,0 +1,206 @@
+"""What the CUDA kernels are launched with: structs, tiles, shared memory; and one object for the driver and the tests."""
+
+import contextlib
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bda_fused import _native, backends
+from bda_fused.backends import cuda, cuda_plan
+from bda_fused.backends.cuda_plan import Device, PackArguments, RowArguments, SharedMemory, Tile
+from bda_fused.backends.problem import Problem
+from tests import cuda_cases as cases
+from tests.cuda_cases import rsa, ssa, vsa
+from tests.cuda_device import simulated
+
+A100, H100, CONSUMER = Device(108, 163 * 1024), Device(132, 227 * 1024), Device(84, 99 * 1024)
+BF16 = torch.bfloat16
+
+needs_module = pytest.mark.skipif(
+    not _native.build_info().get("_cuda", {}).get("built"), reason="the CUDA module was not built"
+)
+
+
+@needs_module
+def test_every_planned_kernel_is_built_and_takes_these_arguments():
+    built = _native.module("_cuda").kernels()
+    planned = {
+        f"residual_attention_{direction}_{element}_{tile.name}": ctypes.sizeof(RowArguments)
+        for element, directions in cuda_plan.TILES.items()
+        for direction, tiles in directions.items()
+        for tile in tiles
+    }
+    assert built == planned | {"pack_rows": ctypes.sizeof(PackArguments)}
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("no_kernel", b""), "there is no kernel named no_kernel"),
+        (("pack_rows", b"1234"), f"pack_rows takes {ctypes.sizeof(PackArguments)} bytes of arguments, got 4"),
+    ],
+)
+def test_launch_refuses(arguments, sentence):
+    name, packed = arguments
+    with pytest.raises(ValueError, match=sentence):
+        _native.module("_cuda").launch(name, 1, 256, 0, packed, stream=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the launch succeeds")
+@needs_module
+def test_failed_launch_names_the_kernel():
+    with pytest.raises(RuntimeError, match="pack_rows did not launch: "):
+        _native.module("_cuda").launch("pack_rows", 1, 256, 0, bytes(PackArguments()), stream=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "groups", "rows", "keys", "expected"),
+    [
+        (A100, 1, 9800, 312, 96),  # one wave of 103 blocks; 80 rows would be two
+        (H100, 1, 9800, 312, 80),  # one wave of 123
+        (A100, 1, 9800, 102, 96),
+        (A100, 50, 312, 196, 80),  # two waves of 200
+        (H100, 50, 312, 196, 64),  # two waves of 250
+        (A100, 1, 10, 312, 32),
+        (A100, 1, 9800, 400, 32),
+        (CONSUMER, 1, 9800, 312, 48),
+    ],
+)
+def test_row_tile_is_chosen_by_waves_and_shared_memory(device, groups, rows, keys, expected):
+    tiles = cuda_plan.TILES["bf16"]["forward"]
+    assert cuda_plan.choose_tile(tiles, groups, rows, keys, 350, 2, device).rows == expected
+
+
+@pytest.mark.parametrize("element", cuda_plan.TILES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_99_kib_are_enough_for_every_problem(element, direction):
+    itemsize = 4 if element.startswith("tf32") else 2
+    assert max(cuda_plan.key_groups(2000, CONSUMER)) == 320
+    for keys in range(1, 321):
+        for width in (1, 350, 4096):
+            tile = cuda_plan.choose_tile(cuda_plan.TILES[element][direction], 1, 9800, keys, width, itemsize, CONSUMER)
+            assert SharedMemory.of(tile, itemsize, keys, tile.passes(width)[1]).total <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(350, (1, 44)), (377, (1, 48)), (500, (2, 32)), (2048, (6, 43)), (0, (0, 0))]
+)
+def test_passes_are_even(width, expected):
+    assert Tile(96, 128, 384, 4).passes(width) == expected
+
+
+def test_the_driver_gets_what_the_simulator_runs(monkeypatch):
+    case = vsa(2, 12, 21, 21, bias=(12,), dropout_p=0.3)
+    with simulated() as device:
+        cases.run(cases.make_operands(case), case, "cuda")
+    launched = []
+    module = SimpleNamespace(launch=lambda *arguments, stream: launched.append((*arguments, stream)))
+    monkeypatch.setattr(_native, "module", lambda name: module)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    cuda._run(device.launches, torch.device("cuda"))
+    assert len(launched) == 5  # keys and values packed, the forward; values packed again, the backward
+    assert launched == [(x.kernel, x.grid, x.block, x.shared, bytes(x.arguments), 7) for x in device.launches]
+
+
+def test_failure_names_the_operands(monkeypatch):
+    def launch(*_, **__):
+        raise RuntimeError("pack_rows did not launch: out of luck")
+
+    monkeypatch.setattr(_native, "module", lambda name: SimpleNamespace(launch=launch))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    _, packing = cuda_plan.pack(torch.zeros(2, 1, 5, 7))
+    sentence = r"out of luck; its operands: source \(2, 1, 5, 7\), packed \(2, 1, 5, 8\)"
+    with pytest.raises(RuntimeError, match=sentence):
+        cuda._run([packing], torch.device("cuda"))
+
+
+def kernels(case):
+    with simulated() as device:
+        cases.run(cases.make_operands(case), case, "cuda")
+    return [launch.kernel.split("_bf16")[0] for launch in device.launches]
+
+
+FORWARD, BACKWARD = "residual_attention_forward", "residual_attention_backward"
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (ssa(1, 9, 8, 16, needs=""), [FORWARD]),  # aligned rows are read where they are
+        (ssa(1, 9, 8, 15, needs=""), ["pack_rows", "pack_rows", FORWARD]),
+        (ssa(1, 9, 8, 15, needs="").but(value=None), ["pack_rows", FORWARD]),  # the key is the value
+        (ssa(1, 9, 8, 16, needs="q"), [FORWARD, BACKWARD]),
+        (ssa(1, 9, 8, 16, needs="v"), [FORWARD]),  # P is at hand
+        (ssa(1, 9, 8, 16, needs="r"), [FORWARD]),
+        (ssa(1, 9, 8, 16, needs="b", bias=(9, 1)), [FORWARD]),  # cannot matter
+        (rsa(1, 9, 16, needs="b"), [FORWARD, BACKWARD]),
+        (ssa(1, 9, 600, 16, needs=""), [FORWARD] * 4),  # two groups of keys, twice
+    ],
+)
+def test_no_kernel_runs_in_vain(case, expected):
+    assert kernels(case) == expected
+
+
+def test_nobody_is_written_who_is_not_needed():
+    case = ssa(2, 9, 8, 16, bias=(8,), needs="q")
+    with simulated() as device:
+        cases.run(cases.make_operands(case), case, "cuda")
+    assert set(device.launches[-1].tensors) == {"left", "first", "second", "out", "weights"}
+
+
+def test_forward_without_gradient_holds_no_map():
+    case = ssa(2, 9, 8, 16, needs="")
+    with simulated() as device:
+        cases.run(cases.make_operands(case), case, "cuda")
+    assert set(device.launches[-1].tensors) == {"left", "first", "second", "added", "out"}
+
+
+# Refusals
+
+
+def problem(device="cuda", dtype=BF16, result=None):
+    return Problem((1, 1, 2, 2), dtype, result or dtype, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (problem("cpu"), "the cuda backend takes CUDA tensors, got cpu"),
+        (problem(dtype=torch.float64), "the cuda backend computes in float32, bfloat16 and float16, got float64"),
+        (problem(result=torch.float64), "the cuda backend computes in float32, bfloat16 and float16, got float64"),
+    ],
+)
+def test_refusals_of_a_problem(given, sentence):
+    assert cuda.can_run(given) == sentence
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "sentence"),
+    [
+        (0, (8, 0), "the cuda backend needs an NVIDIA driver, and there is none"),
+        (12080, (8, 0), "the cuda backend was built with CUDA 13, and the driver runs CUDA 12 at most"),
+        (13000, (7, 5), "the cuda backend needs compute capability 8.0 or newer, got 7.5"),
+        (13000, (8, 0), None),
+    ],
+)
+def test_refusals_of_a_machine(driver, capability, sentence, monkeypatch):
+    module = SimpleNamespace(runtime_version=lambda: 13000, driver_version=lambda: driver)
+    monkeypatch.setattr(_native, "status", lambda name: None)
+    monkeypatch.setattr(_native, "module", lambda name: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert cuda.can_run(problem()) == sentence
+
+
+def test_missing_module_is_the_reason(monkeypatch):
+    monkeypatch.setattr(_native, "status", lambda name: "the extension module bda_fused._cuda was not built: no luck")
+    assert cuda.can_run(problem()) == "the extension module bda_fused._cuda was not built: no luck"
+
+
+def test_named_backend_does_not_fall_back():
+    with pytest.raises(backends.BackendError, match="cannot run: the cuda backend takes CUDA tensors, got cpu"):
+        cases.run(cases.make_operands(ssa(1, 3, 2, 4)), ssa(1, 3, 2, 4), "cuda")
