@@ -154,8 +154,8 @@ def run(operands: dict[str, Tensor | None], case: Case, backend: str | None, mas
         results["row_sum"] = row_sum
     wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
     if wanted:
-        upstream = [_upstream(x) for x in results.values()]
-        grads = torch.autograd.grad(list(results.values()), list(wanted.values()), upstream)
+        outputs = [x for x in results.values() if x.requires_grad]
+        grads = torch.autograd.grad(outputs, list(wanted.values()), [_upstream(x) for x in outputs])
         results |= {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True)}
     return {name: x.detach() for name, x in results.items()}
 

@@ -201,6 +201,20 @@ def test_missing_module_is_the_reason(monkeypatch):
     assert cuda.can_run(problem()) == "the extension module bda_fused._cuda was not built: no luck"
 
 
+def test_auto_passes_over_the_kernel_where_the_model_says_that_it_loses(monkeypatch):
+    monkeypatch.setattr(cuda, "can_run", lambda problem: None)
+    shapes = [(2, 9, 1024), (256, 1024), (256, 1024)]
+    operands = [torch.zeros(shape, dtype=BF16) for shape in shapes]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    explanation = backends.explain(*operands)
+    assert explanation.backend == "eager"
+    assert explanation.refused["cuda"].startswith("for 256 keys of width 1024 two matrix products are faster")
+    assert backends.explain(*operands, backend="cuda").backend == "cuda"
+    assert backends.explain(operands[0], *(x[1:] for x in operands[1:])).backend == "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert backends.explain(*operands).backend == "cuda"
+
+
 def test_named_backend_does_not_fall_back():
     with pytest.raises(backends.BackendError, match="cannot run: the cuda backend takes CUDA tensors, got cpu"):
         cases.run(cases.make_operands(ssa(1, 3, 2, 4)), ssa(1, 3, 2, 4), "cuda")

@@ -1,7 +1,7 @@
 """The backends of residual attention, and the choice between them.
 
-``auto`` takes the first of CHOICES that can run the problem. A backend that is named runs or raises the one sentence
-that ``explain`` gives: nothing falls back.
+``auto`` takes the first of CHOICES that can run the problem and whose ``advice``, if it has one, does not say that
+another is faster. A backend that is named runs or raises the one sentence that ``explain`` gives: nothing falls back.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def explain(
     query, key, value = _checks.checked_operands(query, key, value, residual, attn_bias)
     bias = None if attn_bias is None else lift_bias(attn_bias, heads=query.dim() == 4)
     problem = Problem.of(lift(query), lift(key), lift(value), None if residual is None else lift(residual), bias)
-    reasons = {name: module(name).can_run(problem) for name in CHOICES}
-    refused = {name: reason for name, reason in reasons.items() if reason is not None}
     backend = _default if backend == "auto" else backend
+    reasons = {name: _reason(name, problem, chosen_by_us=backend == "auto") for name in CHOICES}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
     candidates = CHOICES if backend == "auto" else (backend,)
     return Explanation(next((name for name in candidates if name not in refused), None), refused)
 
@@ -98,12 +98,20 @@ def use(name: str) -> Iterator[None]:
         _default = before
 
 
+def _reason(name: str, problem: Problem, *, chosen_by_us: bool) -> str | None:
+    """Why a backend cannot run the problem, or should not where the choice is ours; None where it should."""
+    reason: str | None = module(name).can_run(problem)
+    if reason is None and chosen_by_us:
+        advice = getattr(module(name), "advice", None)
+        reason = None if advice is None else advice(problem)
+    return reason
+
+
 def select(problem: Problem, backend: str) -> ModuleType:
     """The module of the backend that runs the problem; BackendError with its reason where a named one cannot."""
     backend = _default if backend == "auto" else backend
     for name in CHOICES if backend == "auto" else (backend,):
-        chosen = module(name)
-        reason = chosen.can_run(problem)
+        reason = _reason(name, problem, chosen_by_us=backend == "auto")
         if reason is None:
-            return chosen
+            return module(name)
     raise BackendError(f"backend={backend!r} cannot run: {reason}")

@@ -14,13 +14,14 @@ from bda_fused.shapes import batch_of
 class Problem:
     """One residual attention over 4-D operands, without its data.
 
-    scores: (B, H, L, S), the broadcast of all operands. result_dtype: the dtype of Y.
+    scores: (B, H, L, S), the broadcast of all operands. result_dtype: the dtype of Y. widths: Dk and Dv.
     """
 
     scores: tuple[int, int, int, int]
     dtype: torch.dtype
     result_dtype: torch.dtype
     device: torch.device
+    widths: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(
@@ -32,4 +33,5 @@ class Problem:
             dtype=query.dtype,
             result_dtype=value.dtype if residual is None else torch.result_type(residual, value),
             device=query.device,
+            widths=(query.shape[3], value.shape[3]),
         )
