@@ -120,7 +120,12 @@ def natural(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None)
     y = dropped.to(query.dtype) @ value
     if residual is not None:
         y = residual + y
-    return y, weights.to(query.dtype).expand(dropped.shape), dropped.sum(-1)
+    batch = y.shape[:-2]
+    return (
+        y,
+        weights.to(query.dtype).expand(*batch, *weights.shape[-2:]),
+        dropped.sum(-1).expand(*batch, dropped.shape[-2]),
+    )
 
 
 def run(operands: dict[str, Tensor | None], case: Case, backend: str | None, mask: Tensor | None = None):

@@ -1,0 +1,81 @@
+"""Seeded edits of the CUDA sources, each of which the parity tests' cases must notice, or the simulator."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from bda_fused.backends import cuda_plan
+from tests import cuda_device, ptxsim
+from tests.cuda_cases import assert_parity, rsa, ssa, vsa
+from tests.cuda_device import SOURCES, simulated
+
+
+def with_nan_behind(x):
+    """Rows with NaN behind them."""
+    wide = torch.full((*x.shape[:-1], 41), torch.nan, dtype=x.dtype)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+SSA = ssa(2, 21, 13, 23)
+DROPOUT = ssa(2, 21, 13, 20, dropout_p=0.4, need_row_sum=True)
+MAP = vsa(2, 13, 21, 20, need_weights=True)
+
+# What is wrong, file, what the file says, what it says instead, the case that must fail, and how.
+MUTATIONS = [
+    ("keys behind the last are not masked", "softmax.cuh", "key >= args.keys ? -INFINITY", "key < 0 ? -INFINITY", SSA, AssertionError),
+    ("the scale is lost", "softmax.cuh", "args.scale * kLog2e", "kLog2e", SSA, AssertionError),
+    ("a lane is left out of the row's maximum and sum", "reduce.cuh", "x[i][half], 2)", "x[i][half], 0)", SSA, AssertionError),
+    ("the bias is not in units of log 2", "softmax.cuh", "+= bias[key] * kLog2e", "+= bias[key]", rsa(2, 13, 20), AssertionError),
+    ("a row without a key divides by 0", "softmax.cuh", "sum[i][half] == 0.f ? 0.f : 1.f", "1.f", rsa(2, 13, 20, masked_row=True), AssertionError),
+    ("stages are read before they arrive", "products.cuh", "    wait_for_copies();\n    __syncthreads();\n    if (chunk", "    __syncthreads();\n    if (chunk", SSA, ptxsim.Fault),
+    ("a warp overtakes another", "products.cuh", "    __syncthreads();\n    if (chunk", "    if (chunk", ssa(2, 21, 13, 200), ptxsim.Fault),
+    ("the map is read before it is complete", "products.cuh", "    __syncthreads();\n    if (step + 2", "    if (step + 2", SSA, ptxsim.Fault),
+    ("rows of odd address lose their shift", "copy.cuh", "8 * (shift & 3)", "0", SSA, AssertionError),
+    ("what lies behind a row is multiplied", "products.cuh", "if (last) x = cut(x, valid(chunk));", "", ssa(2, 21, 13, 23, layout={"query": with_nan_behind}), AssertionError),
+    ("Philox has a round too few", "philox.cuh", "round < 10", "round < 9", DROPOUT, AssertionError),
+    ("neighbouring lanes do not swap their words", "philox.cuh", "return {{got0, got1, words.z, words.w}}", "return {{words.x, words.y, words.z, words.w}}", DROPOUT, AssertionError),
+    ("what survives is not scaled", "residual_attention_forward.cu", "args.seed == nullptr ? 1.f : args.keep_scale", "1.f", DROPOUT, AssertionError),
+    ("the mask is missing in dP", "gradient.cuh", "keep.x[e] ? scores[i][j][e] * args.keep_scale : 0.f", "scores[i][j][e]", DROPOUT, AssertionError),
+    ("the row sums' gradient is lost", "gradient.cuh", "scores[i][j][2 * half] += gradient;", "", DROPOUT, AssertionError),
+    ("the map's gradient is lost", "gradient.cuh", "scores[i][j][2 * half] += x.x;", "", MAP, AssertionError),
+    ("dS forgets the row's mean", "gradient.cuh", "scores[i][j][2 * half] - delta[i][half]", "scores[i][j][2 * half]", SSA, AssertionError),
+    ("a bias's gradient misses rows", "reduce.cuh", "sum += x[i][j][e] + x[i][j][2 + e]", "sum += x[i][j][e]", ssa(2, 21, 13, 20, bias=(13,)), AssertionError),
+    ("groups of keys overwrite each other", "softmax.cuh", "args.group == 0 ? 0.f : *target", "0.f", ssa(1, 5, 600, 20, dropout_p=0.4, need_row_sum=True), AssertionError),
+]  # fmt: skip
+
+
+@pytest.fixture
+def copied_sources(tmp_path, monkeypatch):
+    """The CUDA sources in a folder, with one kernel of each direction."""
+    shutil.copytree(SOURCES, tmp_path / "cuda")
+    header = tmp_path / "cuda" / "kernels.h"
+    header.write_text(re.sub(r"  DO\(NAME, ELEMENT, (?!32x512).*\n", "", header.read_text()))
+    for direction in ("forward", "backward"):
+        source = tmp_path / "cuda" / f"residual_attention_{direction}.cu"
+        source.write_text(re.sub(r"  BDA_FUSED_\w+_TILES\(DO, (?!bf16).*\n", "", source.read_text()))
+        monkeypatch.setitem(cuda_plan.TILES["bf16"], direction, (cuda_plan.TILES["bf16"][direction][-1],))
+    monkeypatch.setattr(cuda_device, "SOURCES", tmp_path / "cuda")
+    cuda_device.module.cache_clear()
+    yield tmp_path / "cuda"
+    cuda_device.module.cache_clear()
+
+
+def test_without_an_edit_every_case_passes(copied_sources):
+    for case in {id(m[4]): m[4] for m in MUTATIONS}.values():
+        with simulated():
+            assert_parity(case, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("file", "original", "mutant", "case", "error"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS]
+)
+def test_mutation_is_noticed(file, original, mutant, case, error, copied_sources):
+    source = copied_sources / file
+    text = source.read_text()
+    assert text.count(original) == 1, f"{file} no longer has exactly one {original!r}: the mutation tests nothing"
+    source.write_text(text.replace(original, mutant))
+    with simulated(), pytest.raises(error):
+        assert_parity(case, "cuda")
