@@ -55,14 +55,14 @@ def rsa(images, regions, width, **options) -> Case:
 
 def padded(x: Tensor) -> Tensor:
     """Rows with a gap behind them, of odd length."""
-    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
     wide[..., : x.shape[-1]] = x
     return wide[..., : x.shape[-1]]
 
 
 def shifted(x: Tensor) -> Tensor:
     """One element behind an aligned address."""
-    memory = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)
+    memory = x.new_full((x.numel() + 1,), torch.nan)
     memory[1:] = x.flatten()
     return memory[1:].view(x.shape)
 
@@ -77,7 +77,7 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1].expand(x.shape)
 
 
-def make_operands(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
+def make_operands(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(shape, dtype):
@@ -97,6 +97,7 @@ def make_operands(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
         if case.masked_row:
             masked[..., 0, :] = True
         operands["attn_bias"] = bias.masked_fill(masked, -torch.inf)
+    operands = {name: None if x is None else x.to(device) for name, x in operands.items()}
     for name, lay_out in case.layout.items():
         operands[name] = lay_out(operands[name])
     return operands
@@ -168,19 +169,21 @@ def run(operands: dict[str, Tensor | None], case: Case, backend: str | None, mas
 def _upstream(x: Tensor) -> Tensor:
     """A gradient that depends on the shape alone, of about unit size."""
     generator = torch.Generator().manual_seed(x.numel())
-    return torch.randn(x.shape, generator=generator).to(torch.bfloat16).to(x.dtype)
+    return torch.randn(x.shape, generator=generator).to(torch.bfloat16).to(x.device, x.dtype)
 
 
-def assert_parity(case: Case, backend: str, seed: int = 0) -> dict[str, Tensor]:
+def assert_parity(case: Case, backend: str, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     """The backend's results and gradients obey the rule of numerics."""
-    operands = make_operands(case, seed)
+    operands = make_operands(case, seed, device)
     with testing.record_seeds() as seeds:
         ours = run(operands, case, backend)
     scores = _score_shape(operands)
     mask = None
     if case.dropout_p:
         keep = testing.philox_keep(seeds[0], case.dropout_p, scores)
-        mask = keep.double() / (1 - case.dropout_p) if case.dropout_p < 1 else torch.zeros(scores, dtype=torch.double)
+        mask = (
+            keep.double() / (1 - case.dropout_p) if case.dropout_p < 1 else torch.zeros_like(keep, dtype=torch.double)
+        )
     wide = {name: None if x is None else x.double() for name, x in operands.items()}
     truth = run(wide, case, None, mask)
     yardstick = run(operands, case, None, None if mask is None else mask.float())

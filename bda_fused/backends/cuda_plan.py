@@ -158,10 +158,10 @@ class Tile:
         return passes, -(-blocks // max(passes, 1))
 
 
-_NARROW, _WIDE = Tile(96, 128, 384, 4), Tile(96, 320, 352, 4)
+_NARROW, _WIDE = Tile(96, 128, 352, 4), Tile(96, 320, 352, 4)
 _LOW = {rows: Tile(rows, 320, 384, 8) for rows in (80, 64, 48)}
 _LONG = Tile(32, _MOST_KEYS, 384, 8)
-_FLOAT32 = (Tile(48, 320, 256, 8), Tile(32, _MOST_KEYS, 256, 8))
+_FLOAT32 = (Tile(48, 320, 192, 8), Tile(32, _MOST_KEYS, 256, 8))
 
 # Element type of the kernels -> direction -> the tiles that are built, the better of two equals first.
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
@@ -204,7 +204,7 @@ class SharedMemory:
         value_stages = 2 * (64 // itemsize) * 16 * value_units
         result_slice = 16 * warp_rows * (_round_up(8 * pass_blocks, 32) + 8) * 4
         overlaid = _round_up(max(scores, tile.rows * map_pitch + max(value_stages, result_slice)), _CHUNK)
-        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * (24 + 12)
+        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * (32 + 12)
         return cls(map_pitch, 16 * value_units, overlaid, overlaid + kept)
 
 

@@ -9,11 +9,6 @@
 
 namespace bda_fused {
 
-template <class Element>
-__device__ const char* left_of(const RowArguments& args, const Position& at) {
-  return static_cast<const char*>(args.left.data) + offset(args.left, at) * Size<Element>::kBytes;
-}
-
 // One chunk of the tile's rows of the left operand, where they lie a constant distance apart and are aligned to UNIT
 // bytes; zeros behind the last row and column.
 template <int UNIT, class Element, class Tile>
@@ -39,27 +34,27 @@ template <class Element, class Tile>
 struct LeftRows {
   static constexpr int kPerThread = (Tile::kRows + 31) / 32;
 
-  const char* data[kPerThread];
-  ShiftedWord loaded[kPerThread];
+  const char* data;
+  const RowOffsets* offsets;
   int bytes;
+  ShiftedWord loaded[kPerThread];
 
-  __device__ LeftRows(const RowArguments& args, const Position* positions)
-      : bytes(args.width * Size<Element>::kBytes) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int row = min(first_row() + 32 * i, Tile::kRows - 1);
-      data[i] = left_of<Element>(args, positions[row]) + 16 * (threadIdx.x % 8);
-    }
-  }
+  __device__ LeftRows(const RowArguments& args, const SharedMemory<Tile>& shared)
+      : data(static_cast<const char*>(args.left.data)),
+        offsets(shared.offsets),
+        bytes(args.width * Size<Element>::kBytes) {}
 
-  __device__ static int first_row() { return threadIdx.x / 8; }
-  __device__ static bool has(int i) { return first_row() + 32 * i < Tile::kRows; }
+  __device__ static int row(int i) { return threadIdx.x / 8 + 32 * i; }
+  __device__ static bool has(int i) { return row(i) < Tile::kRows; }
   __device__ int valid(int chunk) const { return bytes - chunk * kChunk - 16 * static_cast<int>(threadIdx.x % 8); }
+  __device__ const char* begin(int i) const {
+    return data + offsets[has(i) ? row(i) : 0].left * Size<Element>::kBytes;
+  }
 
   __device__ void load(int chunk) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      loaded[i] = load_shifted(data[i] + chunk * kChunk, has(i) ? valid(chunk) : -16);
+      loaded[i] = load_shifted(begin(i) + chunk * kChunk + 16 * (threadIdx.x % 8), has(i) ? valid(chunk) : -16);
     }
   }
 
@@ -67,10 +62,10 @@ struct LeftRows {
     const bool last = (chunk + 1) * kChunk > bytes;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const auto shift = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(data[i]) & 15);
+      const auto shift = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(begin(i)) & 15);
       uint4 x = join(loaded[i], shift);
       if (last) x = cut(x, valid(chunk));
-      if (has(i)) store_shared(stage + swizzled(first_row(), threadIdx.x % 8) + 32 * i * kChunk, x);
+      if (has(i)) store_shared(stage + swizzled(row(i), threadIdx.x % 8), x);
     }
   }
 };
@@ -162,8 +157,9 @@ __device__ void multiply_scores(float (&scores)[Tile::kRowTiles][Tile::kKeyBlock
   const unsigned key_address =
       shared.base + (Tile::kRows + 8 * Tile::warp_column() + lane % 8) * kChunk + (((lane / 8) ^ (lane % 8)) << 4);
 
-  LeftRows<Element, Tile> left(args, shared.positions);
-  const char* first_left = left_of<Element>(args, shared.positions[0]);
+  LeftRows<Element, Tile> left(args, shared);
+  const char* first_left =
+      static_cast<const char*>(args.left.data) + shared.offsets[0].left * Size<Element>::kBytes;
   const auto load_stage = [&](int chunk, unsigned stage) {
     if (args.left_unit == 16) {
       copy_left<16, Element, Tile>(first_left, args, rows, chunk, stage);

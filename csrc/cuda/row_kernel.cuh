@@ -109,7 +109,7 @@ __device__ void row_kernel(const RowArguments& args) {
     const Position at = place.position(args, threadIdx.x);
     shared.positions[threadIdx.x] = at;
     shared.offsets[threadIdx.x] = {(std::int64_t{at.batch} * args.heads + at.head) * args.queries + at.query,
-                                   offset(args.added, at), offset(args.bias, at)};
+                                   offset(args.left, at), offset(args.added, at), offset(args.bias, at)};
   }
   const Position first = place.position(args, 0);
   Map::prepare(args, shared, first);

@@ -65,10 +65,10 @@ __device__ inline std::int64_t offset(const Rows& rows, const Position& at) {
   return at.batch * rows.batch + at.head * rows.head + at.query * rows.row;
 }
 
-// What is asked for most often of a row. flat: its index in contiguous results, and in the dropout mask. added, bias:
-// where its added row and its bias begin.
+// What is asked for most often of a row. flat: its index in contiguous results, and in the dropout mask. The
+// others: where its operands' rows begin.
 struct RowOffsets {
-  std::int64_t flat, added, bias;
+  std::int64_t flat, left, added, bias;
 };
 
 // An operand that a batch axis shares belongs to the first image along it: it is written, or added, once.
