@@ -6,10 +6,6 @@
 
 namespace bda_fused {
 
-__device__ inline unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-
 // UNIT bytes, 16 or 4, from global to shared memory, past the registers; bytes from ``valid`` on are zeros and are not
 // read.
 template <int UNIT>
@@ -50,9 +46,9 @@ __device__ inline uint4 load_global_if(bool wanted, const void* from) {
   return x;
 }
 
-// 16 bytes of a row that starts at any address. Global memory gives whole aligned words, so each of the eight lanes that
-// cover 128 bytes of a row loads the aligned word under its own bytes, the last lane also the word behind, and then each
-// joins its word with its neighbour's. Loading and joining are apart, so that arithmetic can hide the load.
+// 16 bytes of a row that starts at any address. Global memory gives whole aligned words, so of the eight lanes that
+// cover 128 bytes of a row each loads the aligned word under its own bytes, the last also the word behind, and joins it
+// with its neighbour's. Loading and joining are apart, so that arithmetic can hide the load.
 struct ShiftedWord {
   uint4 word, behind;
 };

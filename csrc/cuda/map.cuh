@@ -12,13 +12,10 @@ namespace bda_fused {
 struct Place {
   int group, first_row, rows;
 
-  template <class Tile>
-  __device__ static Place of(const RowArguments& args, Tile) {
-    const int group = blockIdx.x / args.tiles;
-    const int first_row = blockIdx.x % args.tiles * Tile::kRows;
-    const int all = args.inner_batches * args.inner_heads * args.queries;
-    return {group, first_row, min(Tile::kRows, all - first_row)};
-  }
+  __device__ Place(const RowArguments& args, int tile_rows)
+      : group(blockIdx.x / args.tiles),
+        first_row(blockIdx.x % args.tiles * tile_rows),
+        rows(min(tile_rows, args.inner_batches * args.inner_heads * args.queries - first_row)) {}
 
   // Of a row of the tile; rows behind the last stand where the last does.
   __device__ Position position(const RowArguments& args, int row) const {
@@ -58,7 +55,7 @@ __device__ inline Rows contiguous_map(const RowArguments& args, void* data) {
   return {data, head * args.heads, head, row};
 }
 
-// The map's rows to contiguous or shared rows of ``to``; all threads call it. The map is complete before and free after.
+// The map's rows to contiguous or shared rows of ``to``; all threads call it. Complete before, free after.
 template <class Element, class Tile>
 __device__ void store_map(const Rows& to, const RowArguments& args, const SharedMemory<Tile>& shared,
                           const Place& place) {

@@ -91,9 +91,8 @@ __device__ void copy_keys(const char* keys, const RowArguments& args, int chunk,
   }
 }
 
-// Adds STEPS steps of depth, at most 64 bytes, to the fragments. left, right: this lane's addresses for ldmatrix of the
-// first row tile and of the first block, in which ``right_stride`` bytes lie between blocks. load_right: the right
-// fragments of both steps at an address.
+// Adds STEPS steps of depth, one or two, to the fragments of the first ``blocks`` column blocks. load_left(x, step, i)
+// gets the left fragment of a step and row tile, load_right(x, j) the right fragments of both steps of a block.
 template <class Element, int STEPS, int ROW_TILES, int BLOCKS, class LoadLeft, class LoadRight>
 __device__ void multiply(float (&sums)[ROW_TILES][BLOCKS][4], int blocks, LoadLeft load_left, LoadRight load_right) {
   typename Element::template Fragment<4> left[STEPS][ROW_TILES];

@@ -80,14 +80,15 @@ __device__ void store_pass(const float (&result)[Tile::kRowTiles][Tile::kOutBloc
     for (int index = threadIdx.x / 32; index < 16 * Tile::kWarpRows; index += kWarps) {
       const int row = index / 16 * 16 * Tile::kRowTiles + 16 * row_tile + index % 16;
       if (row >= rows) continue;
-      const RowOffsets& offsets = shared.offsets[row];
-      const std::int64_t added_row = offsets.added + first_column;
-      const std::int64_t out_row = offsets.flat * args.out_width + first_column;
+      const std::int64_t added_row = shared.offsets[row].added + first_column;
+      const std::int64_t out_row = shared.offsets[row].flat * args.out_width + first_column;
       const float* slice = shared.slice + index * pitch;
       if (args.out_kind == kFloat32) {
-        store_result<Tile::kOut>(static_cast<float*>(args.out) + out_row, args.added, args.added_kind, added_row, slice, size, factor);
+        auto* out = static_cast<float*>(args.out) + out_row;
+        store_result<Tile::kOut>(out, args.added, args.added_kind, added_row, slice, size, factor);
       } else {
-        store_result<Tile::kOut>(static_cast<T*>(args.out) + out_row, args.added, args.added_kind, added_row, slice, size, factor);
+        auto* out = static_cast<T*>(args.out) + out_row;
+        store_result<Tile::kOut>(out, args.added, args.added_kind, added_row, slice, size, factor);
       }
     }
     __syncthreads();
@@ -104,7 +105,7 @@ __device__ const char* keys_of(const Rows& rows, const Position& at) {
 template <class Element, class Tile, class Map>
 __device__ void row_kernel(const RowArguments& args) {
   const SharedMemory<Tile> shared(shared_memory, args);
-  const Place place = Place::of(args, Tile());
+  const Place place(args, Tile::kRows);
   if (threadIdx.x < Tile::kRows) {
     const Position at = place.position(args, threadIdx.x);
     shared.positions[threadIdx.x] = at;
