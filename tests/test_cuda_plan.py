@@ -163,8 +163,8 @@ def test_forward_without_gradient_holds_no_map():
 # Refusals
 
 
-def problem(device="cuda", dtype=BF16, result=None):
-    return Problem((1, 1, 2, 2), dtype, result or dtype, torch.device(device))
+def problem(device="cuda", dtype=BF16, result=None, scores=(1, 1, 2, 2)):
+    return Problem(scores, dtype, result or dtype, torch.device(device))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,10 @@ def problem(device="cuda", dtype=BF16, result=None):
         (problem("cpu"), "the cuda backend takes CUDA tensors, got cpu"),
         (problem(dtype=torch.float64), "the cuda backend computes in float32, bfloat16 and float16, got float64"),
         (problem(result=torch.float64), "the cuda backend computes in float32, bfloat16 and float16, got float64"),
+        (
+            problem(scores=(2**15, 1, 2**14, 2)),
+            "the cuda backend takes up to 268435456 rows, keys and columns, got scores (32768, 1, 16384, 2)",
+        ),
     ],
 )
 def test_refusals_of_a_problem(given, sentence):

@@ -6,6 +6,7 @@ dV = (P * M)^T dY, and dQ where all images share the queries, which torch's GEMM
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,6 +25,7 @@ from bda_fused.shapes import batch_of
 KEEPS_WEIGHTS = True
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST = 2**28  # rows, keys or columns, which the kernels count in 32 bits; what they address has 64
 
 
 def availability() -> str | None:
@@ -50,6 +52,9 @@ def can_run(problem: Problem) -> str | None:
         if dtype not in _DTYPES:
             name = str(dtype).removeprefix("torch.")
             return f"the cuda backend computes in float32, bfloat16 and float16, got {name}"
+    *outer, keys = problem.scores
+    if max(math.prod(outer), keys, *problem.widths) > _MOST:
+        return f"the cuda backend takes up to {_MOST} rows, keys and columns, got scores {problem.scores}"
     reason = availability()
     if reason is not None:
         return reason
