@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from bda_fused import _checks, dropout, ops
+from bda_fused import _checks, backends, dropout, ops
 from bda_fused.numerics import softmax_dtype, without_autocast
 
 
@@ -67,8 +67,10 @@ class ResidualAttentionFunction(Function):
             ctx.need_weights,
             ctx.need_row_sum,
             _,
-            ctx.backend,
+            backend,
         ) = options
+        # What a forward keeps is for its own backend, which `use` may have chosen and no longer choose in the backward.
+        ctx.backend = backend if torch.compiler.is_compiling() else backends.current(backend)
         y, weights, _, lse = output
         ctx.save_for_backward(query, key, value, attn_bias, seed, weights, lse)
         ctx.y_shape, ctx.y_dtype = y.shape, y.dtype

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from bda_fused import backends
 from bda_fused import functional as F
 from bda_fused.autograd import ResidualAttentionFunction, SSAFunction, VSAFunction
 
@@ -164,6 +165,17 @@ def test_transforms():
         torch.func.vmap(lambda x: F.residual_attention(x, key, key))(query)
     with pytest.raises(NotImplementedError, match="forward mode AD"):
         torch.func.jvp(lambda x: F.residual_attention(x, key, key), (query,), (query,))
+
+
+def test_the_backward_runs_where_the_forward_ran(monkeypatch):
+    """Also behind the context that chose the backend: what a forward keeps is for its own backend."""
+    query, key = leaf(B, L, DK), leaf(S, DK)
+    with backends.use("eager"):
+        y = F.residual_attention(query, key, key)
+    asked, select = [], backends.select
+    monkeypatch.setattr(backends, "select", lambda problem, backend: asked.append(backend) or select(problem, backend))
+    y.sum().backward()
+    assert asked == ["eager"]
 
 
 def test_two_backward_passes_are_bit_identical():

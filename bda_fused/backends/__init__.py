@@ -72,7 +72,7 @@ def explain(
     query, key, value = _checks.checked_operands(query, key, value, residual, attn_bias)
     bias = None if attn_bias is None else lift_bias(attn_bias, heads=query.dim() == 4)
     problem = Problem.of(lift(query), lift(key), lift(value), None if residual is None else lift(residual), bias)
-    backend = _default if backend == "auto" else backend
+    backend = current(backend)
     reasons = {name: _reason(name, problem, chosen_by_us=backend == "auto") for name in CHOICES}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     candidates = CHOICES if backend == "auto" else (backend,)
@@ -98,6 +98,11 @@ def use(name: str) -> Iterator[None]:
         _default = before
 
 
+def current(backend: str) -> str:
+    """The backend's name, with what ``use`` makes of "auto" now."""
+    return _default if backend == "auto" else backend
+
+
 def _reason(name: str, problem: Problem, *, chosen_by_us: bool) -> str | None:
     """Why a backend cannot run the problem, or should not where the choice is ours; None where it should."""
     reason: str | None = module(name).can_run(problem)
@@ -109,7 +114,7 @@ def _reason(name: str, problem: Problem, *, chosen_by_us: bool) -> str | None:
 
 def select(problem: Problem, backend: str) -> ModuleType:
     """The module of the backend that runs the problem; BackendError with its reason where a named one cannot."""
-    backend = _default if backend == "auto" else backend
+    backend = current(backend)
     for name in CHOICES if backend == "auto" else (backend,):
         reason = _reason(name, problem, chosen_by_us=backend == "auto")
         if reason is None:
