@@ -287,3 +287,17 @@ def load_block(x, inside, cols, S, WHOLE: tl.constexpr, READABLE: tl.constexpr):
     mask = inside[:, None] if WHOLE or READABLE else inside[:, None] & (cols < S)
     block = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
     return tl.where(cols < S, block, 0.0) if READABLE and not WHOLE else block
+
+
+@triton.jit
+def add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def row_sums(x, y):
+    """The sums of the rows of both: together, so that the compiler moves neither to the other's layout and back."""
+    if INTERPRETED:  # which would add one element at a time
+        return tl.sum(x, 1), tl.sum(y, 1)
+    else:
+        return tl.reduce((x, y), 1, add_both)

@@ -44,7 +44,7 @@ def forward(
         row_sum,
         scale=scale,
         dropout=survival(dropout_p),
-        precision=dot_precision(query.dtype),
+        precision=dot_precision(query.dtype, result_dtype),
         target=Target.of(query.device),
     ):
         launch.run()
@@ -73,7 +73,7 @@ def backward(
     if grad_y.dtype == torch.float64:  # of a residual in float64
         grad_y = grad_y.float()
     grad_y, query, key, value = readable(grad_y), readable(query), readable(key), readable(value)
-    precision, target = dot_precision(query.dtype), Target.of(query.device)
+    precision, target = dot_precision(query.dtype, query.dtype), Target.of(query.device)
     threshold, keep_scale = survival(dropout_p)
     columns = scores[3]
     scratch = (*scores[:3], tiles.pitch(columns))
@@ -137,7 +137,12 @@ def survival(dropout_p: float) -> tuple[int, float]:
     return (threshold, 1 / (1 - dropout_p)) if threshold < 2**32 else (0, 0.0)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: "highest" is three TF32 products, anything less is one."""
+def dot_precision(dtype: torch.dtype, result_dtype: torch.dtype) -> str:
+    """How float32 products are computed: "highest" is three TF32 products, anything less is one.
+
+    A result in float64, of a residual in float64, shows that three are not quite as exact as float32's own.
+    """
+    if dtype == torch.float32 and result_dtype == torch.float64:
+        return "ieee"
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return "tf32x3" if exact else "tf32"

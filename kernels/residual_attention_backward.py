@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 from bda_fused.kernels import tiles
 from bda_fused.kernels.blocks import (
-    INTERPRETED,
     first_column,
     group_start,
     is_last,
@@ -12,6 +11,7 @@ from bda_fused.kernels.blocks import (
     row_numbers,
     row_pointers,
     row_products,
+    row_sums,
     tail_width,
     tile_rows,
     weighted_rows,
@@ -20,20 +20,6 @@ from bda_fused.kernels.blocks import (
 from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_backward_rows
 from torch import Tensor
-
-
-@triton.jit
-def add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def row_sums(x, y):
-    """The sums of the rows of both: together, so that the compiler moves neither to the other's layout and back."""
-    if INTERPRETED:  # which would add one element at a time
-        return tl.sum(x, 1), tl.sum(y, 1)
-    else:
-        return tl.reduce((x, y), 1, add_both)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from bda_fused.kernels.blocks import (
     row_pointers,
     row_products,
     row_stride,
+    row_sums,
     scaled_scores,
     sum_of,
     tile_rows,
@@ -318,8 +319,9 @@ def residual_attention_long_backward_rows(
             if dweights is not None:
                 x += load_block(dweights + start, owner, columns[None, :], S - start, False, False)
             if second_pass == 0:
-                delta += tl.sum(p * x, 1)
-                total += tl.sum(p, 1)
+                px_sum, p_sum = row_sums(p * x, p)
+                delta += px_sum
+                total += p_sum
             else:
                 mask = inside[:, None] & (columns < PITCH - start)[None, :]
                 x = p * inverse[:, None] * (x - (delta * inverse)[:, None])
