@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
+from bda_fused import backends, modules, ops
 from bda_fused import functional as F
-from bda_fused import modules, ops
 
 B, L, S, DK, DV = 2, 3, 5, 4, 6
 
@@ -74,6 +74,19 @@ def test_opcheck_backward(needs):
         ops.residual_attention_backward,
         (torch.randn_like(y), None, None, query, key, value, bias, weights, lse, None, 0.5, 0.0, False, needs, "auto"),
     )
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
+def test_traced_shapes_are_those_that_every_backend_gives(backend, monkeypatch):
+    """The fake of the operator asks the chosen backend what it keeps, and in what rows."""
+    chosen = backends.module(backend)
+    monkeypatch.setattr(chosen, "can_run", lambda problem: None)
+    tensors = [x.to("meta") for x in operands()]
+    y, weights, _, lse = ops._forward_fake(*tensors, None, None, 0.5, 0.0, False, False, False, True, backend)
+    assert y.shape == (B, 1, L, DV)
+    assert weights.shape == (B, 1, L, S)
+    assert weights.stride(2) == -(-S // chosen.WEIGHTS_PITCH) * chosen.WEIGHTS_PITCH
+    assert lse.numel() == 0
 
 
 def test_raw_operators_refuse_a_gradient():

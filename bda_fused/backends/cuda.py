@@ -23,6 +23,8 @@ from bda_fused.shapes import batch_of
 
 # The map is written by the forward and read by the backward: that saves a third of the backward's products.
 KEEPS_WEIGHTS = True
+# The pitch of the rows of a kept map is a multiple of so many elements.
+WEIGHTS_PITCH = 1
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**28  # rows, keys or columns, which the kernels count in 32 bits; what they address has 64
