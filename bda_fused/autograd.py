@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from bda_fused import _checks, backends, dropout, ops
+from bda_fused.backends.problem import Options
 from bda_fused.numerics import softmax_dtype, without_autocast
 
 
@@ -33,44 +34,16 @@ class ResidualAttentionFunction(Function):
         residual: Tensor | None,
         attn_bias: Tensor | None,
         seed: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        residual_is_query: bool,
-        need_weights: bool,
-        need_row_sum: bool,
-        need_grad: bool,
-        backend: str,
+        options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.residual_attention(
-            query,
-            key,
-            value,
-            residual,
-            attn_bias,
-            seed,
-            scale,
-            dropout_p,
-            residual_is_query,
-            need_weights,
-            need_row_sum,
-            need_grad,
-            backend,
-        )
+        return ops.residual_attention(query, key, value, residual, attn_bias, seed, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, residual, attn_bias, seed, *options = inputs
-        (
-            ctx.scale,
-            ctx.dropout_p,
-            ctx.residual_is_query,
-            ctx.need_weights,
-            ctx.need_row_sum,
-            _,
-            backend,
-        ) = options
+        query, key, value, residual, attn_bias, seed, options = inputs
+        ctx.options = options
         # What a forward keeps is for its own backend, which `use` may have chosen and no longer choose in the backward.
-        ctx.backend = backend if torch.compiler.is_compiling() else backends.current(backend)
+        ctx.backend = options.backend if torch.compiler.is_compiling() else backends.current(options.backend)
         y, weights, _, lse = output
         ctx.save_for_backward(query, key, value, attn_bias, seed, weights, lse)
         ctx.y_shape, ctx.y_dtype = y.shape, y.dtype
@@ -87,9 +60,10 @@ class ResidualAttentionFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         query, key, value, attn_bias, seed, weights, lse = ctx.saved_tensors
         need_query, need_key, need_value, need_residual, need_bias = ctx.needs_input_grad[:5]
-        if not ctx.need_weights:  # a traced graph passes zeros for the outputs that nobody uses
+        options: Options = ctx.options
+        if not options.need_weights:  # a traced graph passes zeros for the outputs that nobody uses
             grad_weights = None
-        if not ctx.need_row_sum:
+        if not options.need_row_sum:
             grad_row_sum = None
         if grad_y is None:
             grad_y = query.new_zeros(ctx.y_shape, dtype=ctx.y_dtype)
@@ -104,9 +78,9 @@ class ResidualAttentionFunction(Function):
                 value,
                 attn_bias,
                 seed,
-                ctx.scale,
-                ctx.dropout_p,
-                ctx.residual_is_query,
+                options.scale,
+                options.dropout_p,
+                options.residual_is_query,
             )
         else:
             grads = ops.residual_attention_backward(
@@ -120,9 +94,9 @@ class ResidualAttentionFunction(Function):
                 weights,
                 lse,
                 seed,
-                ctx.scale,
-                ctx.dropout_p,
-                ctx.residual_is_query,
+                options.scale,
+                options.dropout_p,
+                options.residual_is_query,
                 [need_query, need_key, need_value, need_bias],
                 ctx.backend,
             )
@@ -133,7 +107,8 @@ class ResidualAttentionFunction(Function):
             grad_value if need_value else None,
             grad_y.sum_to_size(ctx.residual_shape).to(ctx.residual_dtype) if need_residual else None,
             grad_bias if need_bias else None,
-            *(None,) * 8,
+            None,
+            None,
         )
 
     @staticmethod

@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 
 from bda_fused import functional, plan
 from bda_fused.memo import is_frozen, once
-from bda_fused.numerics import autocast_dtype, gemm_dtype, softmax_dtype, without_autocast
+from bda_fused.numerics import autocast_dtype, cast, gemm_dtype, softmax_dtype, without_autocast
 
 if TYPE_CHECKING:
     from bda_fused.reference import Attention
@@ -90,8 +90,8 @@ def attend(
     with without_autocast(queries.device):
         algebra = _choose(module, queries, source, dtypes)
         fold = _Fold(module, dtypes, map_dropped=dropout_p > 0)
-        x = queries.to(dtypes.of_rows(queries))
-        y = x if source is queries else source.to(dtypes.of_rows(source))
+        x = cast(queries, dtypes.of_rows(queries))
+        y = x if source is queries else cast(source, dtypes.of_rows(source))
         query, key, bias = fold.scores(algebra.scores, x, y)
         value, output = fold.values(algebra.values, y)
         if attn_bias is not None:
@@ -103,9 +103,9 @@ def attend(
         if images is not None:  # a residual per image, in which all are the same, asks for a mask per image
             op_residual = (query.new_zeros(()) if op_residual is None else op_residual).expand(images, *query.shape)
         result, weights, row_sum = functional.attend(
-            _split(_padded(query.to(dtypes.gemm)), heads),
-            _split(_padded(key.to(dtypes.gemm)), heads),
-            None if value is key else _split(_padded(value.to(dtypes.gemm)), heads),
+            _split(_padded(cast(query, dtypes.gemm)), heads),
+            _split(_padded(cast(key, dtypes.gemm)), heads),
+            None if value is key else _split(_padded(cast(value, dtypes.gemm)), heads),
             None if op_residual is None else _split(op_residual, heads),
             scale=module.scale * module.kv_scale,
             attn_bias=bias,
@@ -122,7 +122,7 @@ def attend(
         if residual is not None and not in_op:
             result = result + residual
         dtype = dtypes.result if residual is None else torch.promote_types(residual.dtype, dtypes.result)
-        return result.to(dtype), None if weights is None else weights.to(dtypes.result)
+        return cast(result, dtype), None if weights is None else cast(weights, dtypes.result)
 
 
 def _check_inputs(module: Attention, queries: Tensor, source: Tensor, dtypes: Dtypes) -> None:
@@ -183,15 +183,15 @@ class _Fold:
             self.b_v = None if self.b_v is None else self.b_v * module.kv_scale
 
     def _parameters(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        fold = self.dtypes.fold
-        return linear.weight.to(fold), None if linear.bias is None else linear.bias.to(fold)
+        fold, bias = self.dtypes.fold, linear.bias
+        return cast(linear.weight, fold), None if bias is None else cast(bias, fold)
 
     def once(self, name: str, compute: Callable[[], T], *inputs: Tensor) -> T:
         return once(self.module, (name, self.dtypes, self.module.scale, self.module.kv_scale), compute, *inputs)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = self.dtypes.of_rows(x)
-        return nnf.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return nnf.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
 
     def dropped(self, x: Tensor) -> Tensor:
         return nnf.dropout(x, self.module.kv_dropout, self.module.training)
@@ -210,7 +210,7 @@ class _Fold:
     def fold_key(self, queries: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         def fold() -> tuple[Tensor, Tensor | None]:
             projected = self.dropped(self.linear(source, self.w_k, self.b_k))
-            return projected @ self.w_q.to(projected.dtype), self._key_bias(projected, self.b_q)
+            return projected @ cast(self.w_q, projected.dtype), self._key_bias(projected, self.b_q)
 
         return queries, *self.once("k W_q", fold, source)
 
@@ -228,7 +228,7 @@ class _Fold:
     def fold_query(self, queries: Tensor, source: Tensor) -> tuple[Tensor, Tensor, None]:
         def fold() -> Tensor:
             projected = self.linear(queries, self.w_q, self._connected_query_bias())
-            return projected @ self.w_k.to(projected.dtype)
+            return projected @ cast(self.w_k, projected.dtype)
 
         return self.once("q W_k", fold, queries), source, None
 
@@ -241,7 +241,7 @@ class _Fold:
     def _key_bias(self, rows: Tensor, direction: Tensor | None) -> Tensor | None:
         if direction is None:
             return None
-        bias = self.module.scale * self.module.kv_scale * (rows.to(self.dtypes.fold) @ direction)
+        bias = self.module.scale * self.module.kv_scale * (cast(rows, self.dtypes.fold) @ direction)
         return bias if bias.dim() == 1 else bias[:, None]
 
     def _connected_query_bias(self) -> Tensor | None:
@@ -294,11 +294,11 @@ class _Fold:
         if row_bias is not None and row_sum is None:
             bias, row_bias = row_bias if bias is None else row_bias + bias, None
         if weight is not None:
-            y = nnf.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
+            y = nnf.linear(y, cast(weight, y.dtype), None if bias is None else cast(bias, y.dtype))
         elif bias is not None:
-            y = y + bias.to(y.dtype)
+            y = y + cast(bias, y.dtype)
         if row_bias is not None and row_sum is not None:
-            y = y + (row_sum[..., None] * row_bias).to(y.dtype)
+            y = y + cast(row_sum[..., None] * row_bias, y.dtype)
         return y
 
 

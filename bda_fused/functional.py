@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bda_fused import _checks, backends
 from bda_fused.autograd import ResidualAttentionFunction
+from bda_fused.backends.problem import Options
 from bda_fused.dropout import draw_seed
 from bda_fused.shapes import lift, lift_bias, lower
 
@@ -170,12 +171,10 @@ def attend(
     read once, with one gradient. Returns (Y, map or None, row_sum or None); row_sum (B, L) or (B, H, L) holds the sums
     of the rows of the map after dropout, which are 1 without dropout except in fully masked rows.
     """
-    operands = [x for x in (query, key, value, residual) if x is not None]
+    operands = [x for x in (query, key, value, residual, attn_bias) if x is not None]
     bias = None if attn_bias is None else lift_bias(attn_bias, heads=query.dim() == 4)
     # Inside a traced torch.func.grad no operand says that it needs a gradient.
-    need_grad = torch.is_grad_enabled() and (
-        torch.compiler.is_compiling() or any(x is not None and x.requires_grad for x in (*operands, attn_bias))
-    )
+    need_grad = torch.is_grad_enabled() and (torch.compiler.is_compiling() or any(x.requires_grad for x in operands))
     y, weights, row_sum, _ = ResidualAttentionFunction.apply(
         lift(query),
         lift(key),
@@ -183,18 +182,19 @@ def attend(
         None if residual is None else lift(residual),
         bias,
         draw_seed(query.device) if dropout_p else None,
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
-        float(dropout_p),
-        residual_is_query,
-        need_weights,
-        need_row_sum,
-        need_grad,
-        backend,
+        Options(
+            query.shape[-1] ** -0.5 if scale is None else float(scale),
+            float(dropout_p),
+            residual_is_query,
+            need_weights,
+            need_row_sum,
+            need_grad,
+            backend,
+        ),
     )
-    batch = y.shape[:2]
-    flat = all(x.dim() == 2 for x in operands) and (attn_bias is None or attn_bias.dim() <= 2)
+    flat = max([x.dim() for x in operands]) == 2
     return (
         lower(y, query.dim(), flat),
-        lower(weights.expand(*batch, -1, -1), query.dim(), flat) if need_weights else None,
+        lower(weights.expand(*y.shape[:2], -1, -1), query.dim(), flat) if need_weights else None,
         lower(row_sum, query.dim(), flat) if need_row_sum else None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -30,6 +31,11 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, softmax and of every fold of weights: float32, and float64 for float64."""
     return torch.float32 if dtype in LOW_PRECISION else dtype
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without a call of torch where there is nothing to do: small problems notice dozens of them."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -25,15 +25,16 @@ def padded_rows(like: Tensor, shape: tuple[int, ...], multiple: int) -> Tensor:
 
 def lift(x: Tensor) -> Tensor:
     """(L, D) and (B, L, D) as (B or 1, 1, L, D)."""
-    if x.dim() == 2:
+    dim = x.dim()
+    if dim == 2:
         return x[None, None]
-    return x[:, None] if x.dim() == 3 else x
+    return x.unsqueeze(1) if dim == 3 else x
 
 
 def lift_bias(bias: Tensor, heads: bool) -> Tensor:
     """Any accepted bias as (B or 1, H or 1, L or 1, S or 1)."""
     if bias.dim() == 3 and not heads:
-        return bias[:, None]
+        return bias.unsqueeze(1)
     return bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
 
 

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from bda_fused import backends
 from bda_fused import functional as F
 from bda_fused.autograd import ResidualAttentionFunction, SSAFunction, VSAFunction
+from bda_fused.backends.problem import Options
 
 B, L, S, DK, DV = 2, 3, 4, 3, 2
 
@@ -141,7 +142,7 @@ def test_second_derivatives_in_low_precision_have_the_operands_dtype(dtype):
 
 def test_named_functions_check_their_shapes():
     ssa = leaf(B, 1, L, DK), leaf(1, 1, S, DK), leaf(1, 1, S, DV), leaf(B, 1, L, DV)
-    options = (None, None, 0.5, 0.0, False, False, False, True, "auto")
+    options = (None, None, Options(0.5, 0.0, False, False, False, True))
     assert torch.equal(SSAFunction.apply(*ssa, *options)[0], ResidualAttentionFunction.apply(*ssa, *options)[0])
     vsa = leaf(1, 1, L, DK), leaf(B, 1, S, DK), leaf(B, 1, S, DV), leaf(1, 1, L, DV)
     assert torch.equal(VSAFunction.apply(*vsa, *options)[0], ResidualAttentionFunction.apply(*vsa, *options)[0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,17 +13,12 @@ _NARROW = 32
 
 
 def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """alpha * A B + add for A (., ., M, K) and B (., ., K, N), whose two batch axes broadcast, and so does ``add``.
-
-    The result is a tensor of its own, never a view.
-    """
+    """alpha * A B + add for A (., ., M, K) and B (., ., K, N), whose two batch axes broadcast, and so does ``add``."""
     batch = batch_of(a, b)
     shape = (*batch, a.shape[2], b.shape[3])
-    narrow = shape[3] < _NARROW
     if b.shape[:2] == (1, 1) and _merges(a, 3):  # one GEMM over the rows of all images
-        in_gemm = add is not None and not narrow and add.shape in (shape, (1, 1, 1, shape[3])) and _merges(add, 3)
-        fused: Callable[..., Tensor] = torch.addmm
-        axes, b = 3, b[0, 0]
+        axes, b = 3, b.view(b.shape[2:])
+        fits = add is not None and add.shape in (shape, (1, 1, 1, shape[3])) and _merges(add, 3)
     else:  # a batched GEMM, in which a shared operand is a batch of stride 0
         a, b = a.expand(*batch, -1, -1), b.expand(*batch, -1, -1)
         if not (_merges(a, 2) and _merges(b, 2)):
@@ -33,17 +26,23 @@ def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1
             return out if add is None else out + add
         if add is not None and add.shape[:2] in (batch, (1, 1)):
             add = add.expand(*batch, -1, -1)
-        in_gemm = add is not None and not narrow and add.shape[:2] == batch and _merges(add, 2)
-        fused, axes, b = torch.baddbmm, 2, b.flatten(0, 1)
+        axes, b = 2, b.flatten(0, 1)
+        fits = add is not None and add.shape[:2] == batch and _merges(add, 2)
     a = a.flatten(0, axes - 1)
-    if add is None or not in_gemm:
-        out = _reshaped(fused(a.new_empty(()), a, b, beta=0, alpha=alpha), shape)  # beta = 0: nothing is read
-        return out if add is None else out + add
-    return _reshaped(fused(add.flatten(0, axes - 1), a, b, alpha=alpha), shape)
+    if add is not None and fits and shape[3] >= _NARROW:
+        return _gemm(a, b, add.flatten(0, axes - 1), alpha).view(shape)
+    out = _gemm(a, b, None, alpha).view(shape)
+    return out if add is None else out + add
 
 
-# What torch's own matmul ends with: the same memory in another shape, and not a view, so that users may write into it.
-_reshaped: Callable[[Tensor, tuple[int, ...]], Tensor] = torch.ops.aten._unsafe_view.default
+def _gemm(a: Tensor, b: Tensor, add: Tensor | None, alpha: float) -> Tensor:
+    """alpha * A B + add of matrices, or of batches of them."""
+    gemm, fused = (torch.mm, torch.addmm) if a.dim() == 2 else (torch.bmm, torch.baddbmm)
+    if add is not None:
+        return fused(add, a, b, alpha=alpha)
+    if alpha == 1:
+        return gemm(a, b)
+    return fused(a.new_empty(()), a, b, beta=0, alpha=alpha)  # with beta = 0 the first operand is not read
 
 
 def summed_product(a: Tensor, b: Tensor, shape: tuple[int, ...], *, alpha: float = 1.0) -> Tensor:
@@ -51,6 +50,8 @@ def summed_product(a: Tensor, b: Tensor, shape: tuple[int, ...], *, alpha: float
 
     The sum runs inside one long GEMM.
     """
+    if shape[0] == shape[1] == 1 and a.shape[:2] == b.shape[:2]:
+        return _gemm(a.mT.flatten(0, 2).mT, b.flatten(0, 2), None, alpha).view(shape)
     a, a_labels = _without_shared(a, "bhmk")
     b, b_labels = _without_shared(b, "bhkn")
     labels = "".join(
@@ -77,6 +78,8 @@ def _without_shared(x: Tensor, labels: str) -> tuple[Tensor, str]:
 
 def _merges(x: Tensor, axes: int) -> bool:
     """Whether the first ``axes`` axes are one axis in memory, so that flattening them copies nothing."""
+    if x.is_contiguous():
+        return True
     stride = None
     for axis in reversed(range(axes)):
         if x.shape[axis] != 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bda_fused import dropout
 from bda_fused.backends._gemm import gradient, product
 from bda_fused.backends.problem import Problem
-from bda_fused.numerics import LOW_PRECISION, gemm_dtype, softmax_dtype
+from bda_fused.numerics import LOW_PRECISION, cast, gemm_dtype, softmax_dtype
 
 # The backward reads the map; a backend without this recomputes it from the log-sum-exp.
 KEEPS_WEIGHTS = True
@@ -46,20 +46,21 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Y, the map before dropout, its row sums after dropout, and an empty log-sum-exp: this backend keeps the map."""
     dtype = gemm_dtype(query.dtype, query.device)
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    q, k, v = cast(query, dtype), cast(key, dtype), cast(value, dtype)
     weights = softmax_map(q, k, attn_bias, scale)
     dropped = weights
     if seed is not None:
         dropped = weights * dropout.mask(seed, dropout_p, problem.scores, weights.dtype)
+    p = cast(dropped, dtype)
     if residual is None:
-        y = product(dropped.to(dtype), v)
+        y = product(p, v)
     elif torch.promote_types(dtype, problem.result_dtype) == dtype:
-        y = product(dropped.to(dtype), v, add=residual.to(dtype))
+        y = product(p, v, add=cast(residual, dtype))
     else:
-        y = residual + product(dropped.to(dtype), v).to(problem.result_dtype)
+        y = residual + cast(product(p, v), problem.result_dtype)
     return (
-        y.to(problem.result_dtype),
-        weights.to(value.dtype) if need_weights or need_grad else value.new_empty(0),
+        _not_a_view(cast(y, problem.result_dtype)),
+        cast(weights, value.dtype) if need_weights or need_grad else value.new_empty(0),
         dropped.sum(-1).expand(problem.scores[:3]).contiguous() if need_row_sum else weights.new_empty(0),
         weights.new_empty(0),
     )
@@ -90,22 +91,25 @@ def backward(
     """
     need_query, need_key, need_value, need_bias = needs
     dtype = gemm_dtype(query.dtype, query.device)
-    q, k, v, dy = query.to(dtype), key.to(dtype), value.to(dtype), grad_y.to(dtype)
-    p = weights.to(softmax_dtype(weights.dtype))
+    q, k, v, dy = cast(query, dtype), cast(key, dtype), cast(value, dtype), cast(grad_y, dtype)
+    p = cast(weights, softmax_dtype(weights.dtype))
     if p.dtype != weights.dtype:
         # Rounded weights do not sum to 1, and dS would take the difference for a part of dP: in a peaked row that is
         # larger than dS itself.
         p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-    grad_q, grad_k, grad_v, grad_bias = (query.new_empty(0) for _ in range(4))
+    grad_q: Tensor | None = None
+    grad_k: Tensor | None = None
+    grad_v: Tensor | None = None
+    grad_bias: Tensor | None = None
 
     mask = None
     if seed is not None:
         mask = dropout.mask(seed, dropout_p, problem.scores, p.dtype)
     if need_value or (need_key and key_is_value):
         dropped = p if mask is None else p * mask
-        grad_v = gradient(dropped.to(dtype).mT, dy, v.shape)
+        grad_v = gradient(cast(dropped, dtype).mT, dy, v.shape)
     if need_query or need_key or need_bias:
-        dp = product(dy, v.mT).to(p.dtype)
+        dp = cast(product(dy, v.mT), p.dtype)
         if grad_row_sum is not None:
             dp = dp + grad_row_sum[..., None]
         if mask is not None:
@@ -116,7 +120,7 @@ def backward(
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         if need_bias:
             assert attn_bias is not None
-            grad_bias = ds.sum_to_size(attn_bias.shape).to(attn_bias.dtype)
+            grad_bias = ds.sum_to_size(attn_bias.shape)
         if dtype in LOW_PRECISION:  # scaled before it is rounded, so that float16 sums do not overflow
             ds, scale = ds.mul(scale).to(dtype), 1.0
         if need_query:
@@ -124,11 +128,22 @@ def backward(
         if need_key:
             grad_k = gradient(ds.mT, q, k.shape, add=grad_v if key_is_value else None, alpha=scale)
     return (
-        grad_q.to(query.dtype),
-        grad_k.to(key.dtype),
-        grad_v.to(value.dtype) if need_value else value.new_empty(0),
-        grad_bias,
+        _result(grad_q, query),
+        _result(grad_k, key),
+        _result(grad_v if need_value else None, value),
+        _result(grad_bias, query if attn_bias is None else attn_bias),
     )
+
+
+def _result(grad: Tensor | None, operand: Tensor) -> Tensor:
+    """A gradient in its operand's dtype, or the empty tensor of one that nobody needs."""
+    return operand.new_empty(0) if grad is None else cast(grad, operand.dtype)
+
+
+def _not_a_view(y: Tensor) -> Tensor:
+    """The same memory as a tensor of its own, as torch's own matmul returns it, so that users may write into it."""
+    own: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return own
 
 
 def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) -> Tensor:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bda_fused.shapes import batch_of
+
+
+class Options(NamedTuple):
+    """What a forward is asked beside its tensors, in the order of the operator's schema, which ops.py explains."""
+
+    scale: float
+    dropout_p: float
+    residual_is_query: bool
+    need_weights: bool
+    need_row_sum: bool
+    need_grad: bool
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
