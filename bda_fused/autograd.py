@@ -11,8 +11,8 @@ computed by ``differentiable_backward``, these formulas in plain torch ops.
 
 from __future__ import annotations
 
-from inspect import signature
-from typing import Any, NoReturn
+from inspect import Signature, signature
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -119,8 +119,24 @@ class ResidualAttentionFunction(Function):
         )
 
 
-# Function.apply asks for this signature in every call, and building it anew takes as long as a small problem.
-ResidualAttentionFunction.forward.__signature__ = signature(ResidualAttentionFunction.forward)  # type: ignore[attr-defined]
+class _Bound(NamedTuple):
+    """Arguments that are bound already: all are positional, and none has a default."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None: ...
+
+
+class _Positional(Signature):
+    """A signature that binds at no cost: Function.apply asks in every call, and torch's takes as long as a product."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> _Bound:  # type: ignore[override]
+        return _Bound(args, kwargs)
+
+
+_forward = ResidualAttentionFunction.forward
+_forward.__signature__ = _Positional(list(signature(_forward).parameters.values()))  # type: ignore[attr-defined]
 
 
 class SSAFunction(ResidualAttentionFunction):

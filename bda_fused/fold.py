@@ -57,16 +57,16 @@ class Dtypes:
 
 def is_plain(module: Attention) -> bool:
     """Whether weights and biases say all about the projections: nn.Linear, parametrised or not, and without hooks."""
-    return all(
-        projection is None
-        or (
-            isinstance(projection, nn.Linear)
-            and type(projection).forward is nn.Linear.forward
-            and not (projection._forward_hooks or projection._forward_pre_hooks)
-            and not (projection._backward_hooks or projection._backward_pre_hooks)
-        )
-        for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj)
-    )
+    for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+        if projection is None:
+            continue
+        if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
+            return False
+        if projection._forward_hooks or projection._forward_pre_hooks:
+            return False
+        if projection._backward_hooks or projection._backward_pre_hooks:
+            return False
+    return True
 
 
 def attend(
@@ -191,7 +191,9 @@ class _Fold:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = self.dtypes.of_rows(x)
-        return nnf.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
+        if dtype != self.dtypes.fold:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return nnf.linear(cast(x, dtype), weight, bias)
 
     def dropped(self, x: Tensor) -> Tensor:
         return nnf.dropout(x, self.module.kv_dropout, self.module.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,9 +41,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on the device, None where it is off or the device has none (such as "meta")."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+_has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

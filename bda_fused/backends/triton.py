@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -21,6 +22,7 @@ WEIGHTS_PITCH = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@lru_cache  # Triton too reads it once, when it defines a kernel
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
