@@ -8,7 +8,6 @@ stays connected, with a gradient of zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -34,8 +33,7 @@ class Output(NamedTuple):
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Dtypes:
+class Dtypes(NamedTuple):
     """result: of the module without its residual. gemm: of the products. fold: of the folds."""
 
     result: torch.dtype
@@ -103,9 +101,9 @@ def attend(
         if images is not None:  # a residual per image, in which all are the same, asks for a mask per image
             op_residual = (query.new_zeros(()) if op_residual is None else op_residual).expand(images, *query.shape)
         result, weights, row_sum = functional.attend(
-            _split(_padded(cast(query, dtypes.gemm)), heads),
-            _split(_padded(cast(key, dtypes.gemm)), heads),
-            None if value is key else _split(_padded(cast(value, dtypes.gemm)), heads),
+            _operand(query, dtypes.gemm, heads),
+            _operand(key, dtypes.gemm, heads),
+            None if value is key else _operand(value, dtypes.gemm, heads),
             None if op_residual is None else _split(op_residual, heads),
             scale=module.scale * module.kv_scale,
             attn_bias=bias,
@@ -308,15 +306,21 @@ class _Fold:
 PADDED_DEVICES = ("cuda",)
 
 
+def _operand(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    """A query, key or value as the operator takes it."""
+    x = cast(x, dtype)
+    if x.device.type in PADDED_DEVICES and x.dim() == 2:
+        x = _padded(x)
+    return x if heads == 1 else _split(x, heads)
+
+
 def _padded(x: Tensor) -> Tensor:
-    """Rows that all images share, in memory of a pitch of 32 elements with zeros behind each row; others as they are.
+    """Rows that all images share, in memory of a pitch of 32 elements with zeros behind each row.
 
     The rows are few, and kernels then copy them 16 bytes at a time.
     """
     padding = -x.shape[-1] % 32
-    if x.device.type not in PADDED_DEVICES or x.dim() != 2 or padding == 0:
-        return x
-    return nnf.pad(x, (0, padding))[:, : x.shape[-1]]
+    return x if padding == 0 else nnf.pad(x, (0, padding))[:, : x.shape[-1]]
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

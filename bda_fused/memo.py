@@ -58,7 +58,7 @@ def remembering(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _memo_of(module: nn.Module) -> Memo | None:
     """The module's memo, unless what it computes now is to be differentiated, trained or traced."""
-    if torch.compiler.is_compiling() or module.training or torch.is_grad_enabled():
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     return _memos.get().get(module)
 

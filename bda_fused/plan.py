@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 
@@ -54,8 +54,7 @@ def gemm(m: int, n: int, k: int, batch: int = 1, itemsize: int = 4) -> Cost:
     return Cost(2 * batch * m * n * k, batch * itemsize * (m * k + k * n + m * n))
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """The sizes of one attention module's call.
 
     images: B. queries, keys: rows per image. queries_shared, keys_shared: whether all images share them. dim: C.
@@ -221,5 +220,5 @@ def force(*, scores: Scores | None = None, values: Values | None = None) -> Iter
 
 def natural_cost(size: Size) -> Cost:
     """The module as it is usually written: shared rows expanded to the batch, then projected, then attended."""
-    expanded = replace(size, queries_shared=False, keys_shared=False)
+    expanded = size._replace(queries_shared=False, keys_shared=False)
     return Plan("project", "before").cost(expanded)

@@ -164,7 +164,7 @@ def test_forward_without_gradient_holds_no_map():
 
 
 def problem(device="cuda", dtype=BF16, result=None, scores=(1, 1, 2, 2)):
-    return Problem(scores, dtype, result or dtype, torch.device(device))
+    return Problem(scores, dtype, result or dtype, torch.device(device), (8, 8))
 
 
 @pytest.mark.parametrize(

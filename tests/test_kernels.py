@@ -161,7 +161,7 @@ def test_the_assembler_reports_what_the_document_says_of_everything(gpu):
 def test_refuses_old_gpus_and_other_devices_in_one_sentence(monkeypatch):
     from bda_fused.backends.problem import Problem
 
-    problem = Problem((1, 1, 2, 3), torch.float32, torch.float32, torch.device("cuda", 0))
+    problem = Problem((1, 1, 2, 3), torch.float32, torch.float32, torch.device("cuda", 0), (8, 8))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.can_run(problem) == "the triton backend needs an NVIDIA GPU and torch finds none"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -171,5 +171,5 @@ def test_refuses_old_gpus_and_other_devices_in_one_sentence(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert backend.can_run(problem) is None
-    many = Problem((2**16, 1, 2**15, 3), torch.float32, torch.float32, torch.device("cuda", 0))
+    many = Problem((2**16, 1, 2**15, 3), torch.float32, torch.float32, torch.device("cuda", 0), (8, 8))
     assert backend.can_run(many) == f"the triton backend takes fewer than 2**31 query rows, got {2**31}"

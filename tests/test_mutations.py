@@ -16,8 +16,8 @@ MUTATIONS = [
     (
         "the folded key bias is not scaled",
         "fold.py",
-        "bias = self.module.scale * self.module.kv_scale * (rows",
-        "bias = (rows",
+        "bias = self.module.scale * self.module.kv_scale * (",
+        "bias = (",
         OPTIONS,
     ),
     (
@@ -30,7 +30,7 @@ MUTATIONS = [
     (
         "the values' bias ignores the row sums",
         "fold.py",
-        "(row_sum[..., None] * row_bias)",
+        "row_sum[..., None] * row_bias",
         "row_bias",
         OPTIONS,
     ),
@@ -135,8 +135,8 @@ MUTATIONS = [
     (
         "a residual enters a narrow GEMM",
         "backends/_gemm.py",
-        "narrow = shape[3] < _NARROW",
-        "narrow = False",
+        "and fits and shape[3] >= _NARROW",
+        "and fits",
         "test_functional.py::test_float32_by_the_one_rule_at_any_width",
     ),
     (
@@ -149,8 +149,8 @@ MUTATIONS = [
     (
         "a hook on a projection is ignored",
         "fold.py",
-        "and not (projection._forward_hooks or projection._forward_pre_hooks)",
-        "",
+        "if projection._forward_hooks or projection._forward_pre_hooks:",
+        "if False:",
         "test_modules.py::test_a_projection_that_is_more_than_its_weight_is_called",
     ),
 ]

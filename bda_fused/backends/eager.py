@@ -156,7 +156,7 @@ def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) ->
         return torch.softmax(product(q, k.mT, alpha=scale), -1, dtype=dtype)
     bias, dead = attn_bias.to(dtype), None
     # On an accelerator the question whether anything is masked would synchronise, so it is not asked there.
-    if bias.device.type != "cpu" or (bias.numel() > 0 and bool(bias.amin() == -torch.inf)):
+    if bias.device.type != "cpu" or (bias.numel() > 0 and float(bias.amin()) == -torch.inf):
         dead = (bias == -torch.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(dead, 0.0)
     if q.dtype == dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,7 @@ class Options(NamedTuple):
     backend: str = "auto"
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One residual attention over 4-D operands, without its data.
 
     scores: (B, H, L, S), the broadcast of all operands. result_dtype: the dtype of Y. widths: Dk and Dv.
@@ -34,7 +32,7 @@ class Problem:
     dtype: torch.dtype
     result_dtype: torch.dtype
     device: torch.device
-    widths: tuple[int, int] = (0, 0)
+    widths: tuple[int, int]
 
     @classmethod
     def of(
