@@ -11,6 +11,7 @@ computed by ``differentiable_backward``, these formulas in plain torch ops.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from inspect import Signature, signature
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,6 +22,14 @@ from torch.autograd import Function
 from bda_fused import _checks, backends, dropout, ops
 from bda_fused.backends.problem import Options
 from bda_fused.numerics import softmax_dtype, without_autocast
+
+
+def _below_autograd() -> AbstractContextManager[object]:
+    """Where the raw operators run: refusing gradients, as they do, costs as much as a small product."""
+    return _NO_CONTEXT if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+
+
+_NO_CONTEXT = nullcontext()
 
 
 class ResidualAttentionFunction(Function):
@@ -36,7 +45,8 @@ class ResidualAttentionFunction(Function):
         seed: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.residual_attention(query, key, value, residual, attn_bias, seed, *options)
+        with _below_autograd():
+            return ops.residual_attention(query, key, value, residual, attn_bias, seed, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -83,23 +93,24 @@ class ResidualAttentionFunction(Function):
                 options.residual_is_query,
             )
         else:
-            grads = ops.residual_attention_backward(
-                grad_y,
-                grad_weights,
-                grad_row_sum,
-                query,
-                key,
-                value,
-                attn_bias,
-                weights,
-                lse,
-                seed,
-                options.scale,
-                options.dropout_p,
-                options.residual_is_query,
-                [need_query, need_key, need_value, need_bias],
-                ctx.backend,
-            )
+            with _below_autograd():
+                grads = ops.residual_attention_backward(
+                    grad_y,
+                    grad_weights,
+                    grad_row_sum,
+                    query,
+                    key,
+                    value,
+                    attn_bias,
+                    weights,
+                    lse,
+                    seed,
+                    options.scale,
+                    options.dropout_p,
+                    options.residual_is_query,
+                    [need_query, need_key, need_value, need_bias],
+                    ctx.backend,
+                )
         grad_query, grad_key, grad_value, grad_bias = grads
         return (
             grad_query if need_query else None,
