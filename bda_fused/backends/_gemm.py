@@ -35,6 +35,14 @@ def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1
     return out if add is None else out + add
 
 
+def score_product(q: Tensor, k: Tensor, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """alpha * Q K^T + add; where all images share the queries, a transposed view of one GEMM over the keys of all."""
+    if q.shape[:2] == (1, 1) != k.shape[:2] and _merges(k, 3):
+        out = product(k, q.mT, alpha=alpha).mT
+        return out if add is None else out + add
+    return product(q, k.mT, add=add, alpha=alpha)
+
+
 def _gemm(a: Tensor, b: Tensor, add: Tensor | None, alpha: float) -> Tensor:
     """alpha * A B + add of matrices, or of batches of them."""
     gemm, fused = (torch.mm, torch.addmm) if a.dim() == 2 else (torch.bmm, torch.baddbmm)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bda_fused import dropout
-from bda_fused.backends._gemm import gradient, product
+from bda_fused.backends._gemm import gradient, product, score_product
 from bda_fused.backends.problem import Problem
 from bda_fused.numerics import LOW_PRECISION, cast, gemm_dtype, softmax_dtype
 
@@ -153,15 +153,15 @@ def softmax_map(q: Tensor, k: Tensor, attn_bias: Tensor | None, scale: float) ->
     """
     dtype = softmax_dtype(q.dtype)
     if attn_bias is None:
-        return torch.softmax(product(q, k.mT, alpha=scale), -1, dtype=dtype)
+        return torch.softmax(score_product(q, k, alpha=scale), -1, dtype=dtype)
     bias, dead = attn_bias.to(dtype), None
     # On an accelerator the question whether anything is masked would synchronise, so it is not asked there.
     if bias.device.type != "cpu" or (bias.numel() > 0 and float(bias.amin()) == -torch.inf):
         dead = (bias == -torch.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(dead, 0.0)
     if q.dtype == dtype:
-        scores = product(q, k.mT, add=bias, alpha=scale)
+        scores = score_product(q, k, add=bias, alpha=scale)
     else:  # scaled before they are rounded, so that float16 does not overflow
-        scores = product(q, k.mT, alpha=scale).to(dtype) + bias
+        scores = score_product(q, k, alpha=scale).to(dtype) + bias
     weights = torch.softmax(scores, -1)
     return weights if dead is None else weights.masked_fill(dead, 0.0)
