@@ -36,8 +36,9 @@ def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1
 
 
 def score_product(q: Tensor, k: Tensor, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """alpha * Q K^T + add; where all images share the queries, a transposed view of one GEMM over the keys of all."""
-    if q.shape[:2] == (1, 1) != k.shape[:2] and _merges(k, 3):
+    """alpha * Q K^T + add; a transposed view of one GEMM over the keys of all images where that is faster."""
+    # Of shared queries that outnumber an image's keys, the products image by image are narrow.
+    if q.shape[:2] == (1, 1) != k.shape[:2] and q.shape[2] > k.shape[2] and _merges(k, 3):
         out = product(k, q.mT, alpha=alpha).mT
         return out if add is None else out + add
     return product(q, k.mT, add=add, alpha=alpha)
