@@ -29,7 +29,9 @@ CUDA_SOURCES = (
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/residual_attention_forward.cu",  # the longest first: they compile side by side
     "csrc/cuda/residual_attention_backward.cu",
+    "csrc/cuda/summed_product.cu",
     "csrc/cuda/pack_rows.cu",
+    "csrc/cuda/ordered_sum.cu",
     "csrc/cuda/batch_sum.cu",
     "csrc/cuda/launch.cu",
     "csrc/cuda/versions.cu",

@@ -34,7 +34,7 @@ def usage() -> dict[str, dict[str, tuple[int, int]]]:
     for line in cuobjdump("--dump-resource-usage").splitlines():
         if match := re.match(r"arch = (sm_\w+)", line):
             arch = match[1]
-        elif match := re.match(r" Function ((?:residual_attention|pack_rows)\w*):", line):
+        elif match := re.match(r" Function ((?:residual_attention|summed_product|ordered_sum|pack_rows)\w*):", line):
             name = match[1]
         elif (match := re.match(r"\s+REG:(\d+) STACK:(\d+)", line)) and "name" in locals():
             found.setdefault(name, {})[arch] = int(match[1]), int(match[2])

@@ -17,6 +17,7 @@ from tests import ptxsim
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 OUTPUTS = {"out", "row_sum", "scores_grad", "dropped", "bias_grad", "bias_grad_sums", "statistics", "packed"}
+OUTPUTS |= {"out0", "out1"}
 ALLOCATION = 512  # bytes, to a multiple of which torch's allocator and cudaMalloc round
 
 
@@ -26,9 +27,17 @@ def module(source: str) -> ptxsim.Module:
     return ptxsim.compile_cuda(SOURCES / source)
 
 
+SOURCE_OF = {
+    "pack_rows": "pack_rows.cu",
+    "ordered_sum": "ordered_sum.cu",
+    "summed_product": "summed_product.cu",
+    "residual_attention_forward": "residual_attention_forward.cu",
+    "residual_attention_backward": "residual_attention_backward.cu",
+}
+
+
 def kernel(name: str) -> ptxsim.Kernel:
-    direction = name.removeprefix("residual_attention_").split("_")[0]
-    source = "pack_rows.cu" if name == "pack_rows" else f"residual_attention_{direction}.cu"
+    source = next(source for stem, source in SOURCE_OF.items() if name.startswith(stem))
     return module(source).kernel(name)
 
 

@@ -10,6 +10,7 @@ import torch
 from bda_fused import _native, backends
 from bda_fused.backends import cuda, cuda_plan
 from bda_fused.backends.cuda_plan import Device, PackArguments, RowArguments, SharedMemory, Tile
+from bda_fused.backends.cuda_products import ProductArguments, SumArguments
 from bda_fused.backends.problem import Problem
 from tests import cuda_cases as cases
 from tests.cuda_cases import rsa, ssa, vsa
@@ -32,7 +33,13 @@ def test_every_planned_kernel_is_built_and_takes_these_arguments():
         for direction, tiles in directions.items()
         for tile in tiles
     }
-    assert built == planned | {"pack_rows": ctypes.sizeof(PackArguments)}
+    planned |= {
+        f"summed_product_{form}_{element}": ctypes.sizeof(ProductArguments)
+        for form in ("keys", "queries")
+        for element in cuda_plan.TILES
+    }
+    planned |= {"pack_rows": ctypes.sizeof(PackArguments), "ordered_sum": ctypes.sizeof(SumArguments)}
+    assert built == planned
 
 
 @needs_module
@@ -102,7 +109,8 @@ def test_the_driver_gets_what_the_simulator_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     cuda._run(device.launches, torch.device("cuda"))
-    assert len(launched) == 5  # keys and values packed, the forward; values packed again, the backward
+    # Keys and values packed, the forward; values packed again, the backward; gradients of keys and values, of queries.
+    assert len(launched) == 7
     assert launched == [(x.kernel, x.grid, x.block, x.shared, bytes(x.arguments), 7) for x in device.launches]
 
 
@@ -126,6 +134,7 @@ def kernels(case):
 
 
 FORWARD, BACKWARD = "residual_attention_forward", "residual_attention_backward"
+KEYS, QUERIES, SUM = "summed_product_keys", "summed_product_queries", "ordered_sum"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,12 @@ FORWARD, BACKWARD = "residual_attention_forward", "residual_attention_backward"
         (ssa(1, 9, 8, 15, needs=""), ["pack_rows", "pack_rows", FORWARD]),
         (ssa(1, 9, 8, 15, needs="").but(value=None), ["pack_rows", FORWARD]),  # the key is the value
         (ssa(1, 9, 8, 16, needs="q"), [FORWARD, BACKWARD]),
-        (ssa(1, 9, 8, 16, needs="v"), [FORWARD]),  # P is at hand
+        (ssa(1, 9, 8, 16, needs="v"), [FORWARD, KEYS]),  # P is at hand
+        (ssa(1, 9, 8, 16, needs="k"), [FORWARD, BACKWARD, KEYS]),
+        (ssa(1, 9, 8, 16, needs="kv"), [FORWARD, BACKWARD, KEYS]),  # both in one
+        (ssa(2, 900, 8, 16, needs="kv"), [FORWARD, BACKWARD, KEYS, SUM, SUM]),  # in splits
+        (vsa(2, 9, 8, 16, needs="q"), [FORWARD, BACKWARD, QUERIES]),
+        (vsa(2, 9, 8, 16, needs="q").but(residual="query"), [FORWARD, BACKWARD, QUERIES, SUM]),
         (ssa(1, 9, 8, 16, needs="r"), [FORWARD]),
         (ssa(1, 9, 8, 16, needs="b", bias=(9, 1)), [FORWARD]),  # cannot matter
         (rsa(1, 9, 16, needs="b"), [FORWARD, BACKWARD]),

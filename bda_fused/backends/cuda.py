@@ -1,7 +1,7 @@
 """The CUDA C++ backend for GPUs from sm_80 up.
 
 The forward is one kernel. So is the backward up to dS and dQ; what is left are long matrix products, dK = dS^T Q and
-dV = (P * M)^T dY, and dQ where all images share the queries, which torch's GEMMs do.
+dV = (P * M)^T dY, and dQ where all images share the queries: one more kernel, and the sums of its partial results.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bda_fused import _native
-from bda_fused.backends import cuda_plan
-from bda_fused.backends._gemm import gradient
+from bda_fused.backends import cuda_plan, cuda_products
 from bda_fused.backends.batch_sum import batch_sum
 from bda_fused.backends.cuda_plan import Device, Launch, RowProblem
+from bda_fused.backends.cuda_products import Sum
 from bda_fused.backends.problem import Problem
 from bda_fused.shapes import batch_of
 
@@ -153,7 +153,6 @@ def backward(
     the value's.
     """
     need_query, need_key, need_value, need_bias = needs
-    need_value = need_value or (need_key and key_is_value)
     dy = _with_unit_stride(grad_y.to(query.dtype))
     grad_query, grad_key, grad_value, grad_bias = (query.new_empty(0) for _ in range(4))
     *outer, _, keys = problem.scores
@@ -170,7 +169,8 @@ def backward(
     device = _device(query.device)
     query_per_row = list(query.shape[:2]) == outer
     scores_grad = dy.new_empty(problem.scores) if need_key or (need_query and not query_per_row) else None
-    dropped = dy.new_empty(problem.scores) if need_value and seed is not None else None
+    need_map = need_value or (need_key and key_is_value)
+    dropped = dy.new_empty(problem.scores) if need_map and seed is not None else None
     need_summands = False
     if need_bias:
         assert attn_bias is not None
@@ -219,14 +219,25 @@ def backward(
         if summands is not None and attn_bias is not None:
             grad_bias = _summed(summands, attn_bias.shape).to(attn_bias.dtype)
 
+    batch = problem.scores[:2]
+    values = (weights if dropped is None else dropped, dy)
+    sums, launches = [], []
     if need_value:
-        grad_value = gradient((weights if dropped is None else dropped).mT, dy, value.shape)
-    if need_query and not query_per_row:
-        assert scores_grad is not None  # scaled, as the kernel leaves it
-        grad_query = gradient(scores_grad, key, query.shape, add=dy if residual_is_query else None)
+        grad_value = value.new_empty(value.shape)
+        sums.append(Sum([values], grad_value))
     if need_key:
         assert scores_grad is not None
-        grad_key = gradient(scores_grad.mT, query, key.shape, add=grad_value if key_is_value else None)
+        grad_key = key.new_empty(key.shape)
+        terms = [(scores_grad, _with_unit_stride(query))]  # scaled, as the kernel leaves it
+        sums.append(Sum([*terms, values] if key_is_value else terms, grad_key))
+    if sums:
+        launches += cuda_products.launches("keys", sums, batch, device)
+    if need_query and not query_per_row:
+        assert scores_grad is not None
+        grad_query = query.new_empty(query.shape)
+        of_query = Sum([(scores_grad, _with_unit_stride(key))], grad_query, added=dy if residual_is_query else None)
+        launches += cuda_products.launches("queries", [of_query], batch, device)
+    _run(launches, query.device)
     return _needed((grad_query, grad_key, grad_value, grad_bias), needs)
 
 

@@ -71,4 +71,43 @@ struct PackArguments {
   std::int32_t heads, rows, row_bytes, row_units;
 };
 
+// A gradient that is a sum over rows, and over the images that share its operand: the terms' sum of
+//
+//              left                  right             out
+//   keys       dS or P * M, ^T       query or dY       gradients of keys and values
+//   queries    dS                    key               the gradient of queries that images share
+//
+// Groups are the batches and heads that are not summed. A block has one tile of one group, and one split of its steps.
+struct Product {
+  Rows left[2];   // (B, H, depth, rows), or for queries (B, H, rows, depth); of any alignment
+  Rows right[2];  // (B, H, depth, columns), of any alignment
+  void* out;      // (splits, groups, rows, columns), contiguous
+
+  std::int32_t terms, rows, columns, depth;
+  std::int32_t groups, group_heads;       // groups are (batches, group_heads)
+  std::int32_t sum_batches, sum_heads;    // the images that are summed beside depth
+  std::int32_t row_tiles, column_tiles;   // tiles of a group
+  std::int32_t tile_rows, tile_blocks;    // of a tile: rows, a multiple of 16, and blocks of 8 columns
+  std::int32_t splits;
+  std::int32_t first_block;
+  std::int32_t left_unit, right_unit;     // in what all terms' rows are copied: 16 or 4 bytes; 0: through registers
+  Kind out_kind;
+};
+
+// One product or two, side by side in one grid.
+struct ProductArguments {
+  Product products[2];
+};
+
+// out[i] = the sum of partial[part][i], from the first part to the last, and then of the added rows, image by image.
+struct SumArguments {
+  const float* partial;  // (parts, size)
+  void* out;             // (groups, rows, columns), of ``size`` elements
+  Rows added;            // (B, H, rows, columns), of the kind of out; null data: none
+  std::int64_t size;
+  std::int32_t parts, rows, columns;
+  std::int32_t group_heads, sum_batches, sum_heads;  // as in Product
+  Kind out_kind;
+};
+
 }  // namespace bda_fused

@@ -19,6 +19,8 @@ struct Kernel {
 std::vector<Kernel> forward_kernels();
 std::vector<Kernel> backward_kernels();
 std::vector<Kernel> pack_kernels();
+std::vector<Kernel> product_kernels();
+std::vector<Kernel> sum_kernels();
 
 // All of them.
 const std::vector<Kernel>& kernels();

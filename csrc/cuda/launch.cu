@@ -33,7 +33,7 @@ void allow_shared_memory(std::size_t kernel, unsigned bytes) {
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> all = [] {
     std::vector<Kernel> joined;
-    for (const auto& part : {forward_kernels(), backward_kernels(), pack_kernels()}) {
+    for (const auto& part : {forward_kernels(), backward_kernels(), pack_kernels(), product_kernels(), sum_kernels()}) {
       joined.insert(joined.end(), part.begin(), part.end());
     }
     return joined;
