@@ -16,7 +16,8 @@ class Case:
     """One problem. Shapes are those of the operands; None leaves one out.
 
     value None: the key is the value. residual "query": the query is the residual. layout: operand -> a function that
-    gives it other strides. masked: share of the keys that a bias of -inf masks. row: also mask the first row wholly.
+    gives it other strides. masked: share of the keys that a bias of -inf masks. masked_row: also mask the first row
+    wholly. bias_size: what normal numbers are multiplied by for the bias.
     """
 
     query: tuple[int, ...]
@@ -24,6 +25,7 @@ class Case:
     value: tuple[int, ...] | None
     residual: tuple[int, ...] | str | None
     bias: tuple[int, ...] | None = None
+    bias_size: float = 1.0
     masked: float = 0.0
     masked_row: bool = False
     scale: float | None = None
@@ -92,7 +94,7 @@ def make_operands(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, T
         "attn_bias": None,
     }
     if case.bias is not None:
-        bias = draw(case.bias, case.bias_dtype)
+        bias = case.bias_size * draw(case.bias, case.bias_dtype)
         masked = torch.rand(case.bias, generator=generator) < case.masked
         if case.masked_row:
             masked[..., 0, :] = True
@@ -177,16 +179,9 @@ def assert_parity(case: Case, backend: str, seed: int = 0, device: str = "cpu") 
     operands = make_operands(case, seed, device)
     with testing.record_seeds() as seeds:
         ours = run(operands, case, backend)
-    scores = _score_shape(operands)
-    mask = None
-    if case.dropout_p:
-        keep = testing.philox_keep(seeds[0], case.dropout_p, scores)
-        mask = (
-            keep.double() / (1 - case.dropout_p) if case.dropout_p < 1 else torch.zeros_like(keep, dtype=torch.double)
-        )
-    wide = {name: None if x is None else x.double() for name, x in operands.items()}
-    truth = run(wide, case, None, mask)
-    yardstick = run(operands, case, None, None if mask is None else mask.float())
+    mask = _mask(operands, case, seeds)
+    truth, yardstick = truth_and_yardstick(operands, case, seeds)
+    wide = _wide(operands)
     terms = {"y": _largest_term(wide, case, mask)}
     for name, x in ours.items():
         assert x.shape == truth[name].shape, name
@@ -196,10 +191,27 @@ def assert_parity(case: Case, backend: str, seed: int = 0, device: str = "cpu") 
             truth[name],
             yardstick[name],
             gradient="gradient" in name,
-            largest_term=terms.get(name, _largest(truth)),
+            largest_term=terms.get(name, largest(truth)),
             name=name,
         )
     return ours
+
+
+def truth_and_yardstick(operands: dict[str, Tensor | None], case: Case, seeds: list[Tensor]):
+    """Results and gradients of the natural formulation, in float64 and as it is, with the mask of the first seed."""
+    mask = _mask(operands, case, seeds)
+    return run(_wide(operands), case, None, mask), run(operands, case, None, None if mask is None else mask.float())
+
+
+def _wide(operands: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if x is None else x.double() for name, x in operands.items()}
+
+
+def _mask(operands: dict[str, Tensor | None], case: Case, seeds: list[Tensor]) -> Tensor | None:
+    if not case.dropout_p:
+        return None
+    keep = testing.philox_keep(seeds[0], case.dropout_p, _score_shape(operands)).double()
+    return keep / (1 - case.dropout_p) if case.dropout_p < 1 else torch.zeros_like(keep)
 
 
 def _largest_term(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None) -> float:
@@ -209,7 +221,7 @@ def _largest_term(operands: dict[str, Tensor | None], case: Case, mask: Tensor |
     value = operands["key"] if operands["value"] is None else operands["value"]
     residual = operands["query"] if case.residual == "query" else operands["residual"]
     products = dropped.abs().amax(-2) * value.abs().amax(-1)
-    return _largest({"products": products} | ({} if residual is None else {"residual": residual}))
+    return largest({"products": products} | ({} if residual is None else {"residual": residual}))
 
 
 def _score_shape(operands: dict[str, Tensor | None]) -> tuple[int, ...]:
@@ -218,5 +230,5 @@ def _score_shape(operands: dict[str, Tensor | None]) -> tuple[int, ...]:
     return (*batch, operands["query"].shape[-2], operands["key"].shape[-2])
 
 
-def _largest(results: dict[str, Tensor]) -> float:
+def largest(results: dict[str, Tensor]) -> float:
     return max((float(x.abs().max()) for x in results.values() if x.numel()), default=0.0)

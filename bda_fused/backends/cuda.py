@@ -181,8 +181,9 @@ def backward(
     if need_query and query_per_row:
         grad_query = query.new_empty(query.shape)
         out = _accumulator(grad_query, keys, device)
+    summands = None
+    launches: list[Launch] = []
     if scores_grad is not None or dropped is not None or out is not None or need_summands:
-        launches: list[Launch] = []
         first, second = _aligned((value, None if out is None else key), launches)
         assert first is not None
         rows = RowProblem(
@@ -206,22 +207,17 @@ def backward(
                 "statistics": _statistics(query, problem, device),
             },
         )
-        summands = None
         if need_summands:
             assert attn_bias is not None
             by_key = tuple(attn_bias.shape) == (1, 1, 1, keys)
             shape = (rows.shape().grid, keys) if by_key else problem.scores
             summands = query.new_empty(shape, dtype=torch.float32)
             rows.pointers["bias_grad_sums" if by_key else "bias_grad"] = summands
-        _run(launches + rows.launches(), query.device)
-        if out is not None and out is not grad_query:
-            grad_query.copy_(out)
-        if summands is not None and attn_bias is not None:
-            grad_bias = _summed(summands, attn_bias.shape).to(attn_bias.dtype)
+        launches += rows.launches()
 
     batch = problem.scores[:2]
     values = (weights if dropped is None else dropped, dy)
-    sums, launches = [], []
+    sums = []
     if need_value:
         grad_value = value.new_empty(value.shape)
         sums.append(Sum([values], grad_value))
@@ -238,6 +234,10 @@ def backward(
         of_query = Sum([(scores_grad, _with_unit_stride(key))], grad_query, added=dy if residual_is_query else None)
         launches += cuda_products.launches("queries", [of_query], batch, device)
     _run(launches, query.device)
+    if out is not None and out is not grad_query:
+        grad_query.copy_(out)
+    if summands is not None and attn_bias is not None:
+        grad_bias = _summed(summands, attn_bias.shape).to(attn_bias.dtype)
     return _needed((grad_query, grad_key, grad_value, grad_bias), needs)
 
 
@@ -275,9 +275,9 @@ def _aligned(operands: Sequence[Tensor | None], launches: list[Launch]) -> list[
 
 
 def _statistics(x: Tensor, problem: Problem, device: Device) -> Tensor | None:
-    """What the groups of keys know of each other, where there are several."""
-    groups = cuda_plan.key_groups(problem.scores[3], device)
-    return x.new_empty((len(groups), *problem.scores[:3]), dtype=torch.float32) if len(groups) > 1 else None
+    """What the groups of keys know of each other, where there are several: two numbers of each for every row."""
+    groups = len(cuda_plan.key_groups(problem.scores[3], device))
+    return x.new_empty((2, groups, *problem.scores[:3]), dtype=torch.float32) if groups > 1 else None
 
 
 def _summed(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -40,7 +40,7 @@ struct RowArguments {
   void* dropped;           // backward: P * M, (B, H, L, S); null: not wanted
   float* bias_grad;        // backward: dS, (B, H, L, S); null: not wanted
   float* bias_grad_sums;   // backward: the columns of dS summed over a block's rows, (blocks, S); null: not wanted
-  float* statistics;       // of a group of keys, (groups, B, H, L): log2 sum exp2, or rowsum(P * dP)
+  float* statistics;       // of groups of keys, (2, groups, B, H, L): maxima and sums of exp2; rowsum(P * dP) and rowsum(P)
   const std::uint64_t* seed;  // dropout; null: none
 
   std::int32_t batches, heads, queries, keys;  // B, H, L and the keys of this launch

@@ -1,4 +1,7 @@
 // From dP to dS, in registers: dS = P * (dP - rowsum(P * dP)) with dP = (dY V^T + drow_sum) * M + dmap.
+//
+// A kept map is rounded, and its rows do not sum to 1: dS would take the difference for a part of dP, which in a peaked
+// row is larger than dS itself. So P is what was kept, divided by its sum.
 
 #pragma once
 
@@ -76,6 +79,23 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
     }
   }
 
+  float total[kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      total[i][half] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kKeyBlocks; ++j) {
+        if (Tile::column(j) < columns) {
+          const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
+          total[i][half] += p.x + p.y;
+        }
+      }
+    }
+  }
+  if (args.step != kResults) reduce_rows<Tile>(total, shared.scratch[1], Sum());
+
   float delta[kRowTiles][2];
   const std::int64_t all_rows = std::int64_t{args.batches} * args.heads * args.queries;
 #pragma unroll
@@ -98,27 +118,33 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* statistics = args.statistics + shared.offsets[Tile::row(i, half)].flat;
-        delta[i][half] = 0.f;
-        for (int group = 0; group < args.groups; ++group) delta[i][half] += statistics[group * all_rows];
+        delta[i][half] = total[i][half] = 0.f;
+        for (int group = 0; group < args.groups; ++group) {
+          delta[i][half] += statistics[group * all_rows];
+          total[i][half] += statistics[(args.groups + group) * all_rows];
+        }
       }
     }
   } else {
     reduce_rows<Tile>(delta, shared.scratch[0], Sum());
   }
   if (args.step == kStatistics) {
-    store_statistics<Tile>(delta, args, shared, place);
+    store_statistics<Tile>(delta, args, shared, place, 0);
+    store_statistics<Tile>(total, args, shared, place, args.groups);
     return false;
   }
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const float factor = total[i][half] == 0.f ? 0.f : 1.f / total[i][half];  // 0: all keys are masked
+      const float mean = factor * delta[i][half];
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
           const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
-          scores[i][j][2 * half] = p.x * (scores[i][j][2 * half] - delta[i][half]);
-          scores[i][j][2 * half + 1] = p.y * (scores[i][j][2 * half + 1] - delta[i][half]);
+          scores[i][j][2 * half] = factor * p.x * (scores[i][j][2 * half] - mean);
+          scores[i][j][2 * half + 1] = factor * p.y * (scores[i][j][2 * half + 1] - mean);
         }
       }
     }

@@ -44,10 +44,10 @@ __device__ void reduce_rows(float (&x)[Tile::kRowTiles][2], float* scratch, Comb
   }
 }
 
-// One number for each row of the tile, for this launch's group of keys, to (groups, B, H, L).
+// One number for each row of the tile, for this launch's group of keys, to (groups, B, H, L) behind ``first`` of them.
 template <class Tile>
 __device__ void store_statistics(const float (&x)[Tile::kRowTiles][2], const RowArguments& args,
-                                 const SharedMemory<Tile>& shared, const Place& place) {
+                                 const SharedMemory<Tile>& shared, const Place& place, int first) {
   if (Tile::warp_column() != 0 || Tile::lane() % 4 != 0) return;
   const std::int64_t all_rows = std::int64_t{args.batches} * args.heads * args.queries;
 #pragma unroll
@@ -55,7 +55,7 @@ __device__ void store_statistics(const float (&x)[Tile::kRowTiles][2], const Row
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = Tile::row(i, half);
-      if (row < place.rows) args.statistics[args.group * all_rows + shared.offsets[row].flat] = x[i][half];
+      if (row < place.rows) args.statistics[(first + args.group) * all_rows + shared.offsets[row].flat] = x[i][half];
     }
   }
 }

@@ -90,7 +90,7 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
 
   const std::int64_t all_rows = std::int64_t{args.batches} * args.heads * args.queries;
   float shift[kRowTiles][2], sum[kRowTiles][2];
-  if (args.step == kResults) {  // every group's log2 sum exp2 is known
+  if (args.step == kResults) {  // every group's maximum and sum are known
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -99,7 +99,9 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
         float largest = -INFINITY, total = 0.f;
         for (int group = 0; group < args.groups; ++group) largest = fmaxf(largest, statistics[group * all_rows]);
         if (largest == -INFINITY) largest = 0.f;
-        for (int group = 0; group < args.groups; ++group) total += exp2f(statistics[group * all_rows] - largest);
+        for (int group = 0; group < args.groups; ++group) {
+          total += statistics[(args.groups + group) * all_rows] * exp2f(statistics[group * all_rows] - largest);
+        }
         shift[i][half] = largest;
         sum[i][half] = total;
       }
@@ -141,10 +143,11 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum[i][half] = sum[i][half] == 0.f ? -INFINITY : shift[i][half] + log2f(sum[i][half]);
+        if (sum[i][half] == 0.f) shift[i][half] = -INFINITY;
       }
     }
-    store_statistics<Tile>(sum, args, shared, place);
+    store_statistics<Tile>(shift, args, shared, place, 0);
+    store_statistics<Tile>(sum, args, shared, place, args.groups);
     return false;
   }
 #pragma unroll
