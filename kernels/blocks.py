@@ -190,7 +190,7 @@ def row_products(
 @triton.jit
 def weighted_rows(
     p,
-    factors,
+    shrinks,
     w,
     stride_s,
     S,
@@ -203,10 +203,14 @@ def weighted_rows(
     W_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum_g factors[g] * P_g W_g over the column groups, or sum_g P_g W_g, for WIDTH columns of W: [BLOCK_L, WIDTH]."""
-    total = tl.zeros((BLOCK_L, WIDTH), tl.float32)
+    """P W for WIDTH columns of W: [BLOCK_L, WIDTH].
+
+    shrinks: before it adds a column group, the sum is multiplied by the group's entry; None for a plain sum.
+    """
+    acc = tl.zeros((BLOCK_L, WIDTH), tl.float32)
     for g in tl.static_range(len(GROUPS)):
-        acc = total if factors is None else tl.zeros((BLOCK_L, WIDTH), tl.float32)
+        if shrinks is not None and g > 0:
+            acc *= shrinks[g][:, None]
         for j in tl.static_range(len(GROUPS[g])):
             rows = key_rows(w, stride_s, S, W_LAYOUT, first_column(GROUPS, g, j), GROUPS[g][j], is_last(GROUPS, g, j))
             if UNMASKED:
@@ -214,8 +218,7 @@ def weighted_rows(
             else:
                 w_tile = tl.load(rows + cols, mask=cols < D, other=0.0)
             acc = dot(p[g][j], w_tile, acc, PRECISION)
-        total = acc if factors is None else total + factors[g][:, None] * acc
-    return total
+    return acc
 
 
 @triton.jit

@@ -27,7 +27,8 @@ def store_columns(
     y,
     r,
     p,
-    factors,
+    shrinks,
+    inverse,
     v,
     v_s,
     S,
@@ -42,8 +43,9 @@ def store_columns(
     V_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """WIDTH columns of Y = R + sum_g factors[g] * P_g V_g, at pointers y and r [BLOCK_L, 1]."""
-    out = weighted_rows(p, factors, v, v_s, S, cols, BLOCK_L, GROUPS, WIDTH, DV, UNMASKED_V, V_LAYOUT, PRECISION)
+    """WIDTH columns of Y = R + inverse * P V, at pointers y and r [BLOCK_L, 1]; for shrinks see weighted_rows."""
+    out = weighted_rows(p, shrinks, v, v_s, S, cols, BLOCK_L, GROUPS, WIDTH, DV, UNMASKED_V, V_LAYOUT, PRECISION)
+    out *= inverse[:, None]
     mask = inside[:, None] if WHOLE else inside[:, None] & (cols < DV)  # [BLOCK_L, WIDTH]
     if y.dtype.element_ty == tl.float64:
         out = out.to(tl.float64)
@@ -137,26 +139,29 @@ def residual_attention_forward(
         if BIAS_BY_ROW:
             bias = row_pointers(bias, at, first, bias_b, bias_h, bias_l, BIAS_LAYOUT, DIVIDED)
 
-    # Every column group has a maximum and a sum of its own, and unnormalised weights in the values' dtype. Until the
-    # map is stored, the sign of a weight says whether dropout has dropped it.
+    # Unnormalised weights in the values' dtype: each column group refers to the maximum so far, and ``shrinks`` says what
+    # the groups before it are multiplied by to refer to the same. Until the map is stored, the sign of a weight says
+    # whether dropout has dropped it.
     p = ()
-    tops = ()
-    sums = ()
-    kept = ()
+    shrinks = ()
+    top = tl.full((BLOCK_L,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    survived = tl.zeros((BLOCK_L,), tl.float32)
     for g in tl.static_range(len(GROUPS)):
         if g > 0:
             tl.debug_barrier()  # keeps the loads of this group behind the weights of the last: fewer registers
         products = row_products(q, inside, k, k_s, S, BLOCK_L, GROUPS, g, DK, BLOCK_DK, READABLE_K, K_LAYOUT, PRECISION)
         x = scaled_scores(products, inside, bias, bias_s, scale, S, GROUPS, g, BIAS_BY_ROW, UNIT_BIAS)
-        top = tl.max(x[0], 1)  # [BLOCK_L]
-        for j in tl.static_range(1, len(GROUPS[g])):
-            top = tl.maximum(top, tl.max(x[j], 1))
-        reference = tl.where(top == -float("inf"), 0.0, top)[:, None]
-        total = tl.zeros((BLOCK_L,), tl.float32)
-        survived = tl.zeros((BLOCK_L,), tl.float32)
+        higher = top
+        for j in tl.static_range(len(GROUPS[g])):
+            higher = tl.maximum(higher, tl.max(x[j], 1))  # [BLOCK_L]
+        reference = tl.where(higher == -float("inf"), 0.0, higher)
+        shrink = tl.exp2(top - reference)
+        total *= shrink
+        survived *= shrink
         blocks = ()
         for j in tl.static_range(len(GROUPS[g])):
-            e = tl.exp2(x[j] - reference)  # [BLOCK_L, width]
+            e = tl.exp2(x[j] - reference[:, None])  # [BLOCK_L, width]
             total += tl.sum(e, 1)
             if seed is not None:
                 row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
@@ -165,21 +170,9 @@ def residual_attention_forward(
                 survived += tl.sum(tl.maximum(e, 0.0), 1)
             blocks = blocks + (e.to(v.dtype.element_ty),)
         p = p + (blocks,)
-        tops = tops + (top,)
-        sums = sums + (total,)
-        kept = kept + (survived,)
-
-    top = tops[0]
-    for g in tl.static_range(1, len(GROUPS)):
-        top = tl.maximum(top, tops[g])
-    reference = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.zeros((BLOCK_L,), tl.float32)
-    for g in tl.static_range(len(GROUPS)):
-        total += sums[g] * tl.exp2(tops[g] - reference)
+        shrinks = shrinks + (shrink,)
+        top = higher
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row whose keys are all masked has weights 0
-    factors = ()
-    for g in tl.static_range(len(GROUPS)):
-        factors = factors + (tl.exp2(tops[g] - reference) * inverse,)
 
     if weights is not None:
         # Where images or heads share the map, the first stores it.
@@ -189,29 +182,28 @@ def residual_attention_forward(
         weights = group_start(weights, group, GROUP_H, w_b, w_h, W_LAYOUT)
         weights = row_pointers(weights, at, first, w_b, w_h, w_l, W_LAYOUT, DIVIDED)
         for g in tl.static_range(len(GROUPS)):
+            factor = inverse
+            for later in tl.static_range(g + 1, len(GROUPS)):
+                factor *= shrinks[later]
             for j in tl.static_range(len(GROUPS[g])):
                 cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])[None, :]
                 mask = owner[:, None]
                 if is_last(GROUPS, g, j) and not PADDED_W:
                     mask = mask & (cols < S)
-                entry = tl.abs(p[g][j].to(tl.float32)) * factors[g][:, None]
+                entry = tl.abs(p[g][j].to(tl.float32)) * factor[:, None]
                 tl.store(weights + cols, entry.to(weights.dtype.element_ty), mask=mask)
     if row_sum is not None:
-        survived = tl.zeros((BLOCK_L,), tl.float32)
-        for g in tl.static_range(len(GROUPS)):
-            survived += kept[g] * factors[g]
-        tl.store(row_sum + row_numbers(at, first, group, GROUP_H, H, L, DIVIDED), survived * keep_scale, mask=inside)
+        row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
+        tl.store(row_sum + row, survived * inverse * keep_scale, mask=inside)
     if seed is not None:
         undropped = p
         p = ()
-        scaled = ()
         for g in tl.static_range(len(GROUPS)):
             blocks = ()
             for j in tl.static_range(len(GROUPS[g])):
                 blocks = blocks + (tl.maximum(undropped[g][j], 0.0).to(v.dtype.element_ty),)
             p = p + (blocks,)
-            scaled = scaled + (factors[g] * keep_scale,)
-        factors = scaled
+        inverse *= keep_scale
 
     y = group_start(y, group, GROUP_H, y_b, y_h, Y_LAYOUT)
     y = row_pointers(y, at, first, y_b, y_h, y_l, Y_LAYOUT, DIVIDED)
@@ -223,14 +215,14 @@ def residual_attention_forward(
     for d in tl.range(0, EVEN, BLOCK_DV):
         chunk = d + tl.arange(0, BLOCK_DV)[None, :]
         store_columns(
-            y, r, p, factors, v, v_s, S, inside, chunk,
+            y, r, p, shrinks, inverse, v, v_s, S, inside, chunk,
             BLOCK_L, GROUPS, BLOCK_DV, DV, True, EVEN <= DV, V_LAYOUT, PRECISION,
         )  # fmt: skip
     if EVEN < DV:
         TAIL: tl.constexpr = tail_width(DV, BLOCK_DV)
         rest = EVEN + tl.arange(0, TAIL)[None, :]
         store_columns(
-            y, r, p, factors, v, v_s, S, inside, rest,
+            y, r, p, shrinks, inverse, v, v_s, S, inside, rest,
             BLOCK_L, GROUPS, TAIL, DV, EVEN + TAIL <= READABLE_V, False, V_LAYOUT, PRECISION,
         )  # fmt: skip
 

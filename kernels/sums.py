@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from bda_fused.kernels import tiles
-from bda_fused.kernels.blocks import batch_start, dot, first_column, row_stride, sum_of
+from bda_fused.kernels.blocks import batch_start, dot, row_stride
 from bda_fused.kernels.launch import Launch, Target, layout, strides
 from torch import Tensor
 
@@ -41,18 +41,19 @@ def add_products(
     TRANSPOSED: tl.constexpr,
     A_LAYOUT: tl.constexpr,
     B_LAYOUT: tl.constexpr,
-    MS: tl.constexpr,
-    NS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SURVIVORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc plus the products of the steps begin to end, each BLOCK_K long; the blocks of acc are those of MS by NS.
+    """acc [BLOCK_M, BLOCK_N] plus the products of the steps begin to end, each BLOCK_K long.
 
     SURVIVORS: negative elements of A count as 0.
     """
     CHUNKS = tl.cdiv(K, BLOCK_K)
     a_row, b_k = row_stride(a_row, A_LAYOUT), row_stride(b_k, B_LAYOUT)
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     for step in tl.range(begin, end):
         outer = step // CHUNKS
         image, head = (first_b + outer // OUTER_H).to(tl.int64), (first_h + outer % OUTER_H).to(tl.int64)
@@ -60,23 +61,17 @@ def add_products(
         a_image = batch_start(a, image, head, a_b, a_h, A_LAYOUT)
         b_rows = batch_start(b, image, head, b_b, b_h, B_LAYOUT) + k.to(tl.int64)[:, None] * b_k  # [BLOCK_K, 1]
         inside = (k < K)[:, None]
-        added = ()
-        for i in tl.static_range(len(MS[0])):
-            m = first_m + first_column(MS, 0, i) + tl.arange(0, MS[0][i])
-            if TRANSPOSED:
-                a_rows = a_image + k.to(tl.int64)[:, None] * a_row
-                a_tile = tl.load(a_rows + m[None, :], mask=inside & (m < A_COLUMNS)[None, :], other=0.0).T
-                if SURVIVORS:
-                    a_tile = tl.maximum(a_tile, 0.0).to(a.dtype.element_ty)
-            else:
-                a_rows = a_image + m.to(tl.int64)[:, None] * a_row
-                a_tile = tl.load(a_rows + k[None, :], mask=(m < M)[:, None] & (k < A_COLUMNS)[None, :], other=0.0)
-            for j in tl.static_range(len(NS[0])):
-                n = first_n + first_column(NS, 0, j) + tl.arange(0, NS[0][j])
-                mask = inside if N % sum_of(NS) == 0 else inside & (n < N)[None, :]
-                b_tile = tl.load(b_rows + n[None, :], mask=mask, other=0.0).to(a_tile.dtype)  # [BLOCK_K, width]
-                added = added + (dot(a_tile, b_tile, acc[i * len(NS[0]) + j], PRECISION),)
-        acc = added
+        if TRANSPOSED:
+            a_rows = a_image + k.to(tl.int64)[:, None] * a_row
+            a_tile = tl.load(a_rows + m[None, :], mask=inside & (m < A_COLUMNS)[None, :], other=0.0).T
+            if SURVIVORS:
+                a_tile = tl.maximum(a_tile, 0.0).to(a.dtype.element_ty)
+        else:
+            a_rows = a_image + m.to(tl.int64)[:, None] * a_row
+            a_tile = tl.load(a_rows + k[None, :], mask=(m < M)[:, None] & (k < A_COLUMNS)[None, :], other=0.0)
+        mask = inside if N % BLOCK_N == 0 else inside & (n < N)[None, :]
+        b_tile = tl.load(b_rows + n[None, :], mask=mask, other=0.0).to(a_tile.dtype)  # [BLOCK_K, BLOCK_N]
+        acc = dot(a_tile, b_tile, acc, PRECISION)
     return acc
 
 
@@ -128,8 +123,8 @@ def residual_attention_summed_product(
     B_LAYOUT: tl.constexpr,
     A2_LAYOUT: tl.constexpr,
     B2_LAYOUT: tl.constexpr,
-    MS: tl.constexpr,
-    NS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
     UNIT2: tl.constexpr,
     SURVIVORS: tl.constexpr,
@@ -142,49 +137,39 @@ def residual_attention_summed_product(
     A is (M, K), or in memory (K, M) where TRANSPOSED; B is (K, N). With TO_PARTIAL every split writes its
     float32 share to ``partial`` (splits, groups, M, N), else C itself is written.
     """
-    TILES_M: tl.constexpr = sum_of(MS)
-    TILES_N: tl.constexpr = sum_of(NS)
-    tiles_m, tiles_n = tl.cdiv(M, TILES_M), tl.cdiv(N, TILES_N)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     at = tl.program_id(0)
-    first_n = at % tiles_n * TILES_N
-    first_m = at // tiles_n % tiles_m * TILES_M
+    first_n = at % tiles_n * BLOCK_N
+    first_m = at // tiles_n % tiles_m * BLOCK_M
     split = at // (tiles_n * tiles_m) % SPLITS
     group = at // (tiles_n * tiles_m * SPLITS)
     first_b, first_h = group // GROUP_H, group % GROUP_H
     steps = OUTER * tl.cdiv(K, BLOCK_K)
     begin, end = steps * split // SPLITS, steps * (split + 1) // SPLITS
 
-    acc = ()
-    for i in tl.static_range(len(MS[0])):
-        for j in tl.static_range(len(NS[0])):
-            acc = acc + (tl.zeros((MS[0][i], NS[0][j]), tl.float32),)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     columns = A_COLUMNS // UNIT * UNIT
     acc = add_products(
         acc, a, b, a_b, a_h, a_row, b_b, b_h, b_k, first_b, first_h, first_m, first_n, begin, end,
-        M, K, columns, OUTER_H, N, TRANSPOSED, A_LAYOUT, B_LAYOUT, MS, NS, BLOCK_K, SURVIVORS, PRECISION,
+        M, K, columns, OUTER_H, N, TRANSPOSED, A_LAYOUT, B_LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K, SURVIVORS, PRECISION,
     )  # fmt: skip
     if a2 is not None:
-        scaled = ()
-        for i in tl.static_range(len(acc)):
-            scaled = scaled + (acc[i] * between,)
         columns = A2_COLUMNS // UNIT2 * UNIT2
         acc = add_products(
-            scaled, a2, b2, a2_b, a2_h, a2_row, b2_b, b2_h, b2_k, first_b, first_h, first_m, first_n, begin, end,
-            M, K, columns, OUTER_H, N, TRANSPOSED, A2_LAYOUT, B2_LAYOUT, MS, NS, BLOCK_K, SURVIVORS2, PRECISION,
+            acc * between, a2, b2, a2_b, a2_h, a2_row, b2_b, b2_h, b2_k, first_b, first_h, first_m, first_n, begin, end,
+            M, K, columns, OUTER_H, N, TRANSPOSED, A2_LAYOUT, B2_LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K, SURVIVORS2, PRECISION,
         )  # fmt: skip
 
     c += first_b.to(tl.int64) * c_b + first_h.to(tl.int64) * c_h
     partial += (split * GROUPS + group).to(tl.int64) * M * N
-    for i in tl.static_range(len(MS[0])):
-        m = (first_m + first_column(MS, 0, i) + tl.arange(0, MS[0][i])).to(tl.int64)[:, None]
-        for j in tl.static_range(len(NS[0])):
-            n = (first_n + first_column(NS, 0, j) + tl.arange(0, NS[0][j]))[None, :]
-            out = acc[i * len(NS[0]) + j] * alpha  # [width of M, width of N]
-            mask = (m < M) & (n < N)
-            if TO_PARTIAL:
-                tl.store(partial + m * N + n, out, mask=mask)
-            else:
-                tl.store(c + m * c_m + n, out.to(c.dtype.element_ty), mask=mask)
+    m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    n = (first_n + tl.arange(0, BLOCK_N))[None, :]
+    out = acc * alpha  # [BLOCK_M, BLOCK_N]
+    mask = (m < M) & (n < N)
+    if TO_PARTIAL:
+        tl.store(partial + m * N + n, out, mask=mask)
+    else:
+        tl.store(c + m * c_m + n, out.to(c.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["PARTS", "SIZE"])
@@ -296,7 +281,7 @@ def plan_products(
     ):  # all images' rows are one axis
         depth, outer = images * depth, 1
         steps |= dict.fromkeys(("a_b", "b_b", "a2_b", "b2_b"), 0)
-    tile = tiles.product(out.dtype, rows if transposed else None, width)
+    tile = tiles.product(a.dtype, width)
     count = groups * triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
     splits = _splits(count, outer * triton.cdiv(depth, tile.depth), least=8)
     parts = splits + (0 if extra is None else _row_splits(extra, out))
@@ -315,8 +300,8 @@ def plan_products(
         "B_LAYOUT": layout(b),
         "A2_LAYOUT": layout(a2),
         "B2_LAYOUT": layout(b2),
-        "MS": (tile.ms,),
-        "NS": (tile.ns,),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
         "UNIT": gcd(16, first.columns),
         "UNIT2": gcd(16, second.columns),
         "SURVIVORS": first.survivors,

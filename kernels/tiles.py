@@ -1,10 +1,11 @@
 """The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of every entry.
 
 What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
-than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time, and blocks of at most
-64 columns keep few operands of the products alive. Drawing a dropout mask takes registers too, hence other steps. One
-table serves every GPU from sm_80 up; entries that need more than the 99 KiB of shared memory that some of them have are
-only taken where there is more. (sm_100 stages more, and has 227 KiB.)
+than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time; every group reads the
+rows of the query once more. Narrow blocks keep few operands of the products alive. Steps of 64 columns read rows that
+begin anywhere in a sector with fewer sectors than steps of 32. Drawing a dropout mask takes registers too, hence other
+steps. One table serves every GPU from sm_80 up, with other steps for sm_100 and sm_120, whose compilers keep more
+alive; entries that need more than the 99 KiB of shared memory that some GPUs have are only taken where there is more.
 """
 
 from __future__ import annotations
@@ -73,16 +74,12 @@ def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) 
         return Tile(64, ((64,),), 32, 64, 4)
     if dtype == torch.float32:
         return _single_precision(target, columns)
-    if columns <= 128 and dropped:
-        return Tile(128, split(columns, 1, (64, 16)), 32, 32, 4)
     if columns <= 128:
-        return Tile(128, split(columns, 1, (32, 16)), 64, 64, 4)
-    if columns <= 224 and dropped:
-        return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
+        return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
     if columns <= 224:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
-        return Tile(64, split(columns, 2, (64, 32, 16)), 32, 32, 4)
+        return Tile(64, split(columns, 4 if dropped else 3, (32, 16)), 32, 32, 4)
     if columns <= 320:
-        step = 16 if dropped else 32
+        step = 16 if dropped else 64 if target.capability < 100 else 32
         return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
     return Tile(64, split(columns, 4, (64, 32, 16)), 16, 16, 4)
 
@@ -100,7 +97,10 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
     if columns <= 320 and dropped:
         return Tile(128, split(columns, 4, (32, 16)), 16, 32, 8)
     if columns <= 320:
-        step = 64 if width % 64 <= 32 else 32  # a rest of 64 columns would take more registers than there are
+        if target.capability >= 100:
+            return Tile(128, split(columns, 6, (32, 16)), 16, 32, 8)
+        # A rest of 64 columns would take more registers than there are.
+        step = 64 if target.capability < 90 and width % 64 <= 32 else 32
         return Tile(128, split(columns, 4, (32, 16)), step, step, 8)
     return Tile(64, split(columns, 6, (64, 32, 16)), 16, 16, 4)
 
@@ -119,35 +119,22 @@ def _single_precision(target: Target, columns: int) -> Tile:
 
 @dataclass(frozen=True)
 class ProductTile:
-    """ms, ns: the widths of the blocks of a tile of the result. depth: of one step of the sum."""
+    """A tile of the result, and depth: of one step of the sum. It is one block: of several that share an operand the
+    compiler gives every warp all columns, and blocks of fewer than 16 rows a warp are computed more than once.
+    """
 
-    ms: tuple[int, ...]
-    ns: tuple[int, ...]
+    rows: int
+    columns: int
     depth: int
     warps: int
     stages: int = 2
-
-    @property
-    def rows(self) -> int:
-        return sum(self.ms)
-
-    @property
-    def columns(self) -> int:
-        return sum(self.ns)
 
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def product(dtype: torch.dtype, rows: int | None, width: int) -> ProductTile:
-    """The tile of a long product with a result of (rows, width); rows None where they must not be compiled in."""
-    most = 64 if dtype == torch.float32 else 128
-    ms = (64,) if rows is None else _even(rows, most)
-    return ProductTile(ms, _even(width, most), 32, 8)
-
-
-def _even(size: int, most: int) -> tuple[int, ...]:
-    """The blocks of one of the tiles of like size, none above ``most``, that cover ``size``."""
-    count = -(-pitch(size) // most)
-    return _blocks(pitch(-(-size // count)), (64, 32, 16))
+def product(dtype: torch.dtype, width: int) -> ProductTile:
+    """The tile of a long product with a result of so many columns: 128 of them where no more are computed for it."""
+    wide = dtype != torch.float32 and -(-width // 128) * 128 == -(-width // 64) * 64
+    return ProductTile(64, 128 if wide else 64, 32, 4)

@@ -21,10 +21,24 @@ MUTATIONS = [
         "SSA-float32",
     ),
     (
-        "column groups are not rescaled to their common maximum",
+        "the sum forgets that a later column group has a greater maximum",
         FORWARD,
-        "total += sums[g] * tl.exp2(tops[g] - reference)",
-        "total += sums[g]",
+        "total *= shrink",
+        "total *= 1.0",
+        "VSA with two column groups-float32",
+    ),
+    (
+        "values of column groups before a greater maximum keep their weight",
+        BLOCKS,
+        "acc *= shrinks[g][:, None]",
+        "acc *= 1.0",
+        "VSA with two column groups-float32",
+    ),
+    (
+        "the map of column groups before a greater maximum keeps its weight",
+        FORWARD,
+        "factor *= shrinks[later]",
+        "factor *= 1.0",
         "VSA with two column groups-float32",
     ),
     (
@@ -44,8 +58,8 @@ MUTATIONS = [
     (
         "survivors of dropout are not scaled",
         FORWARD,
-        "scaled = scaled + (factors[g] * keep_scale,)",
-        "scaled = scaled + (factors[g],)",
+        "inverse *= keep_scale",
+        "inverse *= 1.0",
         "RSA with dropout-float32",
     ),
     (
