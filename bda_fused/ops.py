@@ -22,13 +22,13 @@ The backend is chosen inside the operator, so a traced graph does not depend on 
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from bda_fused import backends
-from bda_fused.backends.problem import Problem
+from bda_fused.backends.problem import Options, Problem
 from bda_fused.numerics import softmax_dtype, without_autocast
 from bda_fused.shapes import batch_of, padded_rows
 
@@ -59,33 +59,15 @@ def _forward(
     residual: Tensor | None,
     attn_bias: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    residual_is_query: bool,
-    need_weights: bool,
-    need_row_sum: bool,
-    need_grad: bool,
-    backend: str,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = Options(*given)
     value = key if value is None else value
-    residual = query if residual_is_query else residual
+    residual = query if options.residual_is_query else residual
     problem = Problem.of(query, key, value, residual, attn_bias)
-    chosen = backends.select(problem, backend)
+    chosen = backends.select(problem, options.backend)
     with without_autocast(query.device):
-        return chosen.forward(
-            problem,
-            query,
-            key,
-            value,
-            residual,
-            attn_bias,
-            seed,
-            scale,
-            dropout_p,
-            need_weights,
-            need_row_sum,
-            need_grad,
-        )
+        return chosen.forward(problem, query, key, value, residual, attn_bias, seed, options)
 
 
 @torch.library.register_fake("bda_fused::residual_attention", lib=_library)
@@ -96,20 +78,15 @@ def _forward_fake(
     residual: Tensor | None,
     attn_bias: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    residual_is_query: bool,
-    need_weights: bool,
-    need_row_sum: bool,
-    need_grad: bool,
-    backend: str,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = Options(*given)
     value = key if value is None else value
-    residual = query if residual_is_query else residual
+    residual = query if options.residual_is_query else residual
     problem = Problem.of(query, key, value, residual, attn_bias)
-    chosen = backends.select(problem, backend)
+    chosen = backends.select(problem, options.backend)
     keeps = chosen.KEEPS_WEIGHTS
-    pitch = chosen.WEIGHTS_PITCH if keeps and not need_weights else 1
+    pitch = chosen.WEIGHTS_PITCH if keeps and not options.need_weights else 1
     scored = [query, key] if attn_bias is None else [query, key, attn_bias]
     batch = batch_of(*scored)
     *outer, rows, keys = problem.scores
@@ -117,10 +94,10 @@ def _forward_fake(
     return (
         query.new_empty((*outer, rows, value.shape[3]), dtype=problem.result_dtype),
         padded_rows(value, (*batch, rows, keys), pitch)
-        if need_weights or (need_grad and keeps)
+        if options.need_weights or (options.need_grad and keeps)
         else value.new_empty(0),
-        query.new_empty((*outer, rows) if need_row_sum else 0, dtype=statistics),
-        query.new_empty((*batch, rows) if need_grad and not keeps else 0, dtype=statistics),
+        query.new_empty((*outer, rows) if options.need_row_sum else 0, dtype=statistics),
+        query.new_empty((*batch, rows) if options.need_grad and not keeps else 0, dtype=statistics),
     )
 
 

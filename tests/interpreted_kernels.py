@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bda_fused import backends, modules
 from bda_fused import functional as F
-from bda_fused.backends.problem import Problem
+from bda_fused.backends.problem import Options, Problem
 from bda_fused.testing import assert_close, philox_masks
 from tests.attention_cases import CASES, check
 from tests.parity import recorded_dropout, replayed_dropout, results, twins
@@ -131,9 +131,9 @@ def test_the_forward_allocates_what_it_returns_and_nothing_else(need_grad, need_
     query, key = torch.randn(B, 1, L, DK, dtype=dtype), torch.randn(1, 1, S, DK, dtype=dtype)
     value, residual = torch.randn(1, 1, S, DV, dtype=dtype), torch.randn(B, 1, L, DV, dtype=dtype)
     problem = Problem.of(query, key, value, residual, None)
-    options = (None, None, 0.5, 0.0, need_weights, False, need_grad)
+    options = Options(0.5, 0.0, False, need_weights, False, need_grad)
     with Allocations() as allocations:
-        y, weights, *_ = backends.module("triton").forward(problem, query, key, value, residual, *options)
+        y, weights, *_ = backends.module("triton").forward(problem, query, key, value, residual, None, None, options)
     pitch = S if need_weights else 32  # the map that is kept has rows of whole sectors
     expected = [B * L * DV * dtype.itemsize] + [B * L * pitch * dtype.itemsize] * (need_grad or need_weights)
     assert sorted(size for size in allocations.bytes if size) == sorted(expected)

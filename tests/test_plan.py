@@ -83,17 +83,17 @@ def test_natural_flops_are_those_of_the_reference_on_expanded_attributes():
 def test_registered_flops_are_those_of_the_eager_backend(query, key, value):
     """torch's counter sees one operator; the formula registered for it must count what runs inside."""
     from bda_fused.backends import eager
-    from bda_fused.backends.problem import Problem
+    from bda_fused.backends.problem import Options, Problem
 
     q, k = torch.randn(query), torch.randn(key)
     v = None if value is None else torch.randn(value)
-    options = (None, None, None, 0.5, 0.0)
+    options = Options(0.5, 0.0, False, False, False, True, "eager")
     problem = Problem.of(q, k, k if v is None else v, None, None)
-    inside = counted(lambda: eager.forward(problem, q, k, k if v is None else v, *options, False, False, True))
-    outside = counted(lambda: ops.residual_attention(q, k, v, *options, False, False, False, True, "eager"))
+    inside = counted(lambda: eager.forward(problem, q, k, k if v is None else v, None, None, None, options))
+    outside = counted(lambda: ops.residual_attention(q, k, v, None, None, None, *options))
     assert inside == outside > 0
 
-    y, weights, _, lse = ops.residual_attention(q, k, v, *options, False, False, False, True, "eager")
+    y, weights, _, lse = ops.residual_attention(q, k, v, None, None, None, *options)
     for needs in ([True] * 3 + [False], [True, False, False, False], [False, True, False, False]):
         tail = (weights, lse, None, 0.5, 0.0, False)
         inside = counted(

@@ -18,7 +18,7 @@ from bda_fused.backends import cuda_plan, cuda_products
 from bda_fused.backends.batch_sum import batch_sum
 from bda_fused.backends.cuda_plan import Device, Launch, RowProblem
 from bda_fused.backends.cuda_products import Sum
-from bda_fused.backends.problem import Problem
+from bda_fused.backends.problem import Options, Problem
 from bda_fused.shapes import batch_of
 
 # The map is written by the forward and read by the backward: that saves a third of the backward's products.
@@ -85,19 +85,15 @@ def forward(
     residual: Tensor | None,
     attn_bias: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    need_weights: bool,
-    need_row_sum: bool,
-    need_grad: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Y, the map before dropout, its row sums after dropout, and an empty log-sum-exp: this backend keeps the map."""
     *outer, queries, keys = problem.scores
     scored = [query, key] if attn_bias is None else [query, key, attn_bias]
     y = query.new_empty((*outer, queries, value.shape[3]), dtype=problem.result_dtype)
-    keeps = need_weights or need_grad
+    keeps = options.need_weights or options.need_grad
     weights = value.new_empty((*batch_of(*scored), queries, keys) if keeps else 0)
-    row_sum = query.new_empty((*outer, queries) if need_row_sum else 0, dtype=torch.float32)
+    row_sum = query.new_empty((*outer, queries) if options.need_row_sum else 0, dtype=torch.float32)
     lse = row_sum.new_empty(0)
     if keys == 0:  # nothing to attend to
         return y.zero_() if residual is None else y.copy_(residual), weights, row_sum.zero_(), lse
@@ -119,11 +115,14 @@ def forward(
         added=None if residual is None else _with_unit_stride(residual),
         out=out,
         weights=weights if keeps else None,
-        scale=scale,
+        scale=options.scale,
         bias=None if attn_bias is None else _with_unit_stride(attn_bias.float()),
         seed=seed,
-        dropout_p=dropout_p,
-        pointers={"row_sum": row_sum if need_row_sum else None, "statistics": _statistics(row_sum, problem, device)},
+        dropout_p=options.dropout_p,
+        pointers={
+            "row_sum": row_sum if options.need_row_sum else None,
+            "statistics": _statistics(row_sum, problem, device),
+        },
     )
     _run(launches + rows.launches(), query.device)
     return y if out is y else y.copy_(out), weights, row_sum, lse

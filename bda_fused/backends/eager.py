@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bda_fused import dropout
 from bda_fused.backends._gemm import gradient, product, score_product
-from bda_fused.backends.problem import Problem
+from bda_fused.backends.problem import Options, Problem
 from bda_fused.numerics import LOW_PRECISION, cast, gemm_dtype, softmax_dtype
 
 # The backward reads the map; a backend without this recomputes it from the log-sum-exp.
@@ -38,19 +38,15 @@ def forward(
     residual: Tensor | None,
     attn_bias: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    need_weights: bool,
-    need_row_sum: bool,
-    need_grad: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Y, the map before dropout, its row sums after dropout, and an empty log-sum-exp: this backend keeps the map."""
     dtype = gemm_dtype(query.dtype, query.device)
     q, k, v = cast(query, dtype), cast(key, dtype), cast(value, dtype)
-    weights = softmax_map(q, k, attn_bias, scale)
+    weights = softmax_map(q, k, attn_bias, options.scale)
     dropped = weights
     if seed is not None:
-        dropped = weights * dropout.mask(seed, dropout_p, problem.scores, weights.dtype)
+        dropped = weights * dropout.mask(seed, options.dropout_p, problem.scores, weights.dtype)
     p = cast(dropped, dtype)
     if residual is None:
         y = product(p, v)
@@ -60,8 +56,8 @@ def forward(
         y = residual + cast(product(p, v), problem.result_dtype)
     return (
         _not_a_view(cast(y, problem.result_dtype)),
-        cast(weights, value.dtype) if need_weights or need_grad else value.new_empty(0),
-        dropped.sum(-1).expand(problem.scores[:3]).contiguous() if need_row_sum else weights.new_empty(0),
+        cast(weights, value.dtype) if options.need_weights or options.need_grad else value.new_empty(0),
+        dropped.sum(-1).expand(problem.scores[:3]).contiguous() if options.need_row_sum else weights.new_empty(0),
         weights.new_empty(0),
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bda_fused.backends import eager
-from bda_fused.backends.problem import Problem
+from bda_fused.backends.problem import Options, Problem
 from bda_fused.shapes import batch_of, padded_rows
 
 # The backward reads the map that the forward has stored: fewer products than computing it anew, and no more bytes.
@@ -67,24 +67,19 @@ def forward(
     residual: Tensor | None,
     attn_bias: Tensor | None,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    need_weights: bool,
-    need_row_sum: bool,
-    need_grad: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Y, the map before dropout, its row sums after dropout, and an empty log-sum-exp: this backend keeps the map."""
     scores = problem.scores
     if 0 in scores:  # there is nothing to launch
-        arguments = (query, key, value, residual, attn_bias, seed, scale, dropout_p)
-        return eager.forward(problem, *arguments, need_weights, need_row_sum, need_grad)
+        return eager.forward(problem, query, key, value, residual, attn_bias, seed, options)
     from bda_fused.kernels import residual_attention
 
     scored = [query, key] if attn_bias is None else [query, key, attn_bias]
     weights = value.new_empty(0)
-    if need_weights or need_grad:
-        weights = padded_rows(value, (*batch_of(*scored), *scores[2:]), 1 if need_weights else WEIGHTS_PITCH)
-    row_sum = query.new_empty(scores[:3] if need_row_sum else 0, dtype=torch.float32)
+    if options.need_weights or options.need_grad:
+        weights = padded_rows(value, (*batch_of(*scored), *scores[2:]), 1 if options.need_weights else WEIGHTS_PITCH)
+    row_sum = query.new_empty(scores[:3] if options.need_row_sum else 0, dtype=torch.float32)
     with _on(query.device):
         y = residual_attention.forward(
             scores,
@@ -95,10 +90,10 @@ def forward(
             residual,
             attn_bias,
             seed,
-            scale,
-            dropout_p,
-            weights if need_weights or need_grad else None,
-            row_sum if need_row_sum else None,
+            options.scale,
+            options.dropout_p,
+            weights if options.need_weights or options.need_grad else None,
+            row_sum if options.need_row_sum else None,
         )
     return y, weights, row_sum, query.new_empty(0, dtype=torch.float32)
 
