@@ -36,10 +36,10 @@ def product(a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1
 
 
 def score_product(q: Tensor, k: Tensor, *, add: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """alpha * Q K^T + add; a transposed view of one GEMM over the keys of all images where that is faster."""
+    """alpha * Q K^T + add; one GEMM over the keys of all images, transposed afterwards, where that is faster."""
     # Of shared queries that outnumber an image's keys, the products image by image are narrow.
     if q.shape[:2] == (1, 1) != k.shape[:2] and q.shape[2] > k.shape[2] and _merges(k, 3):
-        out = product(k, q.mT, alpha=alpha).mT
+        out = product(k, q.mT, alpha=alpha).mT.contiguous()
         return out if add is None else out + add
     return product(q, k.mT, add=add, alpha=alpha)
 
