@@ -50,7 +50,15 @@ class Launch:
     options: dict[str, int]
 
     def run(self) -> None:
-        """Launch on the tensors' device, on its current stream."""
+        """Launch on the tensors' device, on its current stream; with BDA_FUSED_AUTOTUNE=1 what was fastest there."""
+        from bda_fused.kernels import autotune
+
+        device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        launch = autotune.fastest(self, Target.of(device)) if autotune.ENABLED else self
+        launch.start()
+
+    def start(self) -> None:
+        """Launch with the constants and options that are given."""
         self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
 
     def specialization(self) -> tuple[dict[str, str], dict[str, Any], list[str]]:

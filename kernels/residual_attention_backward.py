@@ -54,7 +54,7 @@ def store_query_columns(
 ROWS_RUNTIME = [
     "dy_b", "dy_h", "dy_l", "v_b", "v_h", "v_s", "k_b", "k_h", "k_s", "w_b", "w_h", "w_l", "dw_b", "dw_h", "dw_l",
     "ds_b", "ds_h", "ds_l", "dq_b", "dq_h", "dq_l",
-    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "keep_scale",
+    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "SHARED_QUERY", "scale", "keep_scale",
 ]  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def residual_attention_backward_rows(
     L: "i32",
     OUTER_H: "i32",
     GROUP_H: "i32",
+    SHARED_QUERY: "i32",
     scale: "fp32",
     keep_scale: "fp32",
     DK: tl.constexpr,
@@ -119,6 +120,9 @@ def residual_attention_backward_rows(
     PRECISION: tl.constexpr,
 ):
     """dS (B, H, L, pitch) and dQ, whichever is not None. With DROPPED the signs of the map are its dropout mask.
+
+    SHARED_QUERY: dQ is a sum over images, and not computed here. It is known at run time only, because one image does
+    not say whether its query is shared, and must not cost a compilation.
 
     dP = (dY V^T + drow_sum) * M + dmap, dS = P * (dP - rowsum(P * dP)), dQ = scale * dS K. The rows of the map that was
     kept sum to 1 up to its rounding: P is divided by their sum, so that the rows of dS sum to 0 as they must.
@@ -193,24 +197,25 @@ def residual_attention_backward_rows(
         gradient = gradient + (blocks,)
 
     if dq is not None:
-        k = group_start(k, group, GROUP_H, k_b, k_h, K_LAYOUT)
-        dq = group_start(dq, group, GROUP_H, dq_b, dq_h, DQ_LAYOUT)
-        dq = row_pointers(dq, at, first, dq_b, dq_h, dq_l, DQ_LAYOUT, DIVIDED)
-        # Where K may be read up to whole chunks the last chunk is like the others, else it has code of its own.
-        EVEN: tl.constexpr = whole_chunks(DK, BLOCK_DK, READABLE_K)
-        for d in tl.range(0, EVEN, BLOCK_DK):
-            chunk = d + tl.arange(0, BLOCK_DK)[None, :]
-            store_query_columns(
-                dq, dy, gradient, k, k_s, S, scale, inside, chunk,
-                BLOCK_L, GROUPS, BLOCK_DK, DK, True, EVEN <= DK, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
-            )  # fmt: skip
-        if EVEN < DK:
-            TAIL: tl.constexpr = tail_width(DK, BLOCK_DK)
-            rest = EVEN + tl.arange(0, TAIL)[None, :]
-            store_query_columns(
-                dq, dy, gradient, k, k_s, S, scale, inside, rest,
-                BLOCK_L, GROUPS, TAIL, DK, EVEN + TAIL <= READABLE_K, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
-            )  # fmt: skip
+        if SHARED_QUERY == 0:
+            keys = group_start(k, group, GROUP_H, k_b, k_h, K_LAYOUT)
+            into = group_start(dq, group, GROUP_H, dq_b, dq_h, DQ_LAYOUT)
+            into = row_pointers(into, at, first, dq_b, dq_h, dq_l, DQ_LAYOUT, DIVIDED)
+            # Where K may be read up to whole chunks the last chunk is like the others, else it has code of its own.
+            EVEN: tl.constexpr = whole_chunks(DK, BLOCK_DK, READABLE_K)
+            for d in tl.range(0, EVEN, BLOCK_DK):
+                chunk = d + tl.arange(0, BLOCK_DK)[None, :]
+                store_query_columns(
+                    into, dy, gradient, keys, k_s, S, scale, inside, chunk,
+                    BLOCK_L, GROUPS, BLOCK_DK, DK, True, EVEN <= DK, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+                )  # fmt: skip
+            if EVEN < DK:
+                TAIL: tl.constexpr = tail_width(DK, BLOCK_DK)
+                rest = EVEN + tl.arange(0, TAIL)[None, :]
+                store_query_columns(
+                    into, dy, gradient, keys, k_s, S, scale, inside, rest,
+                    BLOCK_L, GROUPS, TAIL, DK, EVEN + TAIL <= READABLE_K, False, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+                )  # fmt: skip
 
 
 def plan_rows(
@@ -224,13 +229,16 @@ def plan_rows(
     grad_scores: Tensor | None,
     grad_query: Tensor | None,
     *,
+    shared_query: bool = False,
     scale: float,
     keep_scale: float | None,
     residual_is_query: bool,
     precision: str,
     target: Target,
 ) -> list[Launch]:
-    """The launches that fill grad_scores (B, H, L, pitch) and grad_query; None for what nobody needs.
+    """The launches that fill grad_scores (B, H, L, pitch) and, unless it is a sum over images, grad_query.
+
+    None for what nobody needs.
 
     grad_row_sum: (B, H, L), contiguous. keep_scale: of a dropped map, whose signs are its mask; else None. The pitch
     holds all columns of the tile's blocks; those beyond S become 0.
@@ -245,7 +253,8 @@ def plan_rows(
         **rows.strides(grad_y, "dy_b dy_h dy_l"), **strides(value, "v_b v_h v_s"), **strides(key, "k_b k_h k_s"),
         **rows.strides(weights, "w_b w_h w_l"), **rows.strides(grad_weights, "dw_b dw_h dw_l"),
         **rows.strides(grad_scores, "ds_b ds_h ds_l"), **rows.strides(grad_query, "dq_b dq_h dq_l"), **rows.arguments,
-        "S": scores[3], "scale": scale, "keep_scale": 1.0 if keep_scale is None else keep_scale,
+        "S": scores[3], "SHARED_QUERY": int(shared_query),
+        "scale": scale, "keep_scale": 1.0 if keep_scale is None else keep_scale,
     }  # fmt: skip
     constants = {
         "DK": key.shape[3],

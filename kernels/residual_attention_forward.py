@@ -139,9 +139,9 @@ def residual_attention_forward(
         if BIAS_BY_ROW:
             bias = row_pointers(bias, at, first, bias_b, bias_h, bias_l, BIAS_LAYOUT, DIVIDED)
 
-    # Unnormalised weights in the values' dtype: each column group refers to the maximum so far, and ``shrinks`` says what
-    # the groups before it are multiplied by to refer to the same. Until the map is stored, the sign of a weight says
-    # whether dropout has dropped it.
+    # Unnormalised weights in the values' dtype: each column group refers to the maximum so far, and ``shrinks`` says
+    # what the groups before it are multiplied by to refer to the same. Until the map is stored, the sign of a weight
+    # says whether dropout has dropped it.
     p = ()
     shrinks = ()
     top = tl.full((BLOCK_L,), -float("inf"), tl.float32)
@@ -196,6 +196,7 @@ def residual_attention_forward(
         row = row_numbers(at, first, group, GROUP_H, H, L, DIVIDED)
         tl.store(row_sum + row, survived * inverse * keep_scale, mask=inside)
     if seed is not None:
+        inverse *= keep_scale
         undropped = p
         p = ()
         for g in tl.static_range(len(GROUPS)):
@@ -203,7 +204,6 @@ def residual_attention_forward(
             for j in tl.static_range(len(GROUPS[g])):
                 blocks = blocks + (tl.maximum(undropped[g][j], 0.0).to(v.dtype.element_ty),)
             p = p + (blocks,)
-        inverse *= keep_scale
 
     y = group_start(y, group, GROUP_H, y_b, y_h, Y_LAYOUT)
     y = row_pointers(y, at, first, y_b, y_h, y_l, Y_LAYOUT, DIVIDED)

@@ -205,7 +205,7 @@ def residual_attention_long_forward(
 ROWS_RUNTIME = [
     "dy_b", "dy_h", "dy_l", "v_b", "v_h", "v_s", "k_b", "k_h", "k_s", "w_b", "w_h", "w_l", "dw_b", "dw_h", "dw_l",
     "ds_b", "ds_h", "ds_l", "dq_b", "dq_h", "dq_l",
-    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "scale", "keep_scale",
+    "S", "ROWS", "H", "L", "OUTER_H", "GROUP_H", "SHARED_QUERY", "scale", "keep_scale",
 ]  # fmt: skip
 
 
@@ -246,6 +246,7 @@ def residual_attention_long_backward_rows(
     L: "i32",
     OUTER_H: "i32",
     GROUP_H: "i32",
+    SHARED_QUERY: "i32",
     scale: "fp32",
     keep_scale: "fp32",
     DK: tl.constexpr,

@@ -157,7 +157,8 @@ def residual_attention_summed_product(
         columns = A2_COLUMNS // UNIT2 * UNIT2
         acc = add_products(
             acc * between, a2, b2, a2_b, a2_h, a2_row, b2_b, b2_h, b2_k, first_b, first_h, first_m, first_n, begin, end,
-            M, K, columns, OUTER_H, N, TRANSPOSED, A2_LAYOUT, B2_LAYOUT, BLOCK_M, BLOCK_N, BLOCK_K, SURVIVORS2, PRECISION,
+            M, K, columns, OUTER_H, N, TRANSPOSED, A2_LAYOUT, B2_LAYOUT,
+            BLOCK_M, BLOCK_N, BLOCK_K, SURVIVORS2, PRECISION,
         )  # fmt: skip
 
     c += first_b.to(tl.int64) * c_b + first_h.to(tl.int64) * c_h

@@ -4,6 +4,7 @@ import pytest
 import torch
 from bda_fused.kernels.launch import Launch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bda_fused import backends, modules
@@ -198,3 +199,58 @@ def test_what_is_refused_is_refused_in_one_sentence():
     explanation = backends.explain(*operands, operands[1])
     assert explanation.backend in ("cpu", "eager")
     assert backends.explain(*(x.float() for x in operands), operands[1].float(), backend="triton").backend == "triton"
+
+
+NEGATED = {
+    "a negative view": lambda *shape: torch._neg_view(torch.randn(shape)),
+    "an imaginary part": lambda *shape: torch.randn(shape, dtype=torch.complex64).conj().imag,
+}
+
+
+@pytest.mark.parametrize("kind", NEGATED)
+def test_operands_with_the_negative_bit(kind):
+    """Their memory holds the opposite of what they are: the dispatcher resolves them before a kernel sees them."""
+    torch.manual_seed(0)
+    make = NEGATED[kind]
+    operands = [make(B, L, DK), make(S, DK), make(S, DV), make(B, L, DV), make(L, S)]
+    upstream = make(B, L, DV)
+    assert all(x.is_neg() for x in (*operands, upstream))
+    leaves = [x.requires_grad_() for x in operands]
+    ours, theirs = (
+        F.residual_attention(*leaves[:4], attn_bias=leaves[4], backend=backend) for backend in ("triton", "eager")
+    )
+    grads = [torch.autograd.grad(y, leaves, upstream) for y in (ours, theirs)]
+    plain = F.residual_attention(*(x.resolve_neg() for x in operands[:4]), attn_bias=operands[4].resolve_neg())
+    torch.testing.assert_close(theirs, plain)
+    for x, y in zip((ours, *grads[0]), (theirs, *grads[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor subclass without storage of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        inner = [x.inner if isinstance(x, cls) else x for x in args]
+        return function(*inner, **(kwargs or {}))
+
+
+def test_tensors_without_storage_never_reach_a_kernel():
+    operands = [torch.randn(B, L, DK), torch.randn(S, DK), torch.randn(S, DV)]
+    expected = F.residual_attention(*operands, backend="triton")
+    with torch.no_grad():
+        assert torch.equal(F.residual_attention(Wrapper(operands[0]), *operands[1:], backend="triton"), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = F.residual_attention(*(mode.from_tensor(x) for x in operands), backend="triton")
+    assert isinstance(y, FakeTensor) and y.shape == expected.shape
+    grad = torch.func.grad(lambda query: F.residual_attention(query, *operands[1:], backend="triton").sum())
+    query = operands[0].clone().requires_grad_()
+    F.residual_attention(query, *operands[1:], backend="triton").sum().backward()
+    torch.testing.assert_close(grad(operands[0]), query.grad)
