@@ -41,7 +41,7 @@ MUTATIONS = [
     ("the mask is missing in dP", "gradient.cuh", "keep.x[e] ? scores[i][j][e] * args.keep_scale : 0.f", "scores[i][j][e]", DROPOUT, AssertionError),
     ("the row sums' gradient is lost", "gradient.cuh", "scores[i][j][2 * half] += gradient;", "", DROPOUT, AssertionError),
     ("the map's gradient is lost", "gradient.cuh", "scores[i][j][2 * half] += x.x;", "", MAP, AssertionError),
-    ("dS forgets the row's mean", "gradient.cuh", "scores[i][j][2 * half] - delta[i][half]", "scores[i][j][2 * half]", SSA, AssertionError),
+    ("dS forgets the row's mean", "gradient.cuh", "scores[i][j][2 * half] - mean", "scores[i][j][2 * half]", SSA, AssertionError),
     ("a rounded map is taken for P", "gradient.cuh", "total[i][half] == 0.f ? 0.f : 1.f / total[i][half]", "1.f", rsa(2, 33, 20, scale=0.01, bias_size=8.0), AssertionError),
     ("a bias's gradient misses rows", "reduce.cuh", "sum += x[i][j][e] + x[i][j][2 + e]", "sum += x[i][j][e]", ssa(2, 21, 13, 20, bias=(13,)), AssertionError),
     ("groups of keys overwrite each other", "softmax.cuh", "args.group == 0 ? 0.f : *target", "0.f", ssa(1, 5, 600, 20, dropout_p=0.4, need_row_sum=True), AssertionError),

@@ -52,7 +52,6 @@ struct Slab {
   __device__ static int unit(int piece) { return threadIdx.x % 8 + piece / (ROWS / 32) * 8; }
   __device__ bool has(int piece) const { return row(piece) < all_rows && unit(piece) < all_units; }
   __device__ int valid(int row, int byte) const { return row < rows ? bytes - byte : -16; }
-  __device__ const char* begin(int row) const { return data + min(row, max(rows - 1, 0)) * step; }
 
   // Past the registers, where all rows are aligned to UNIT bytes.
   template <int UNIT>
@@ -67,19 +66,16 @@ struct Slab {
     int valid[CHUNKS];
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) valid[i] = min(max(bytes - byte - i * kChunk, 0), UNIT);
-    const char* from = data + first * step + byte;
-    unsigned to = stage + first * PITCH + byte;
 #pragma unroll
-    for (int row = 0; row < ROWS; row += kStep) {
-      if (FULL || first + row < all_rows) {
+    for (int i = 0; i < CHUNKS; ++i) {
+      if (byte + i * kChunk >= 16 * all_units) break;
+      const char* from = data + first * step + byte + i * kChunk;
+      const unsigned to = stage + first * PITCH + byte + i * kChunk;
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-          if (byte + i * kChunk < 16 * all_units) {
-            copy_async<UNIT>(to + row * PITCH + i * kChunk, from + i * kChunk, FULL || first + row < rows ? valid[i] : 0);
-          }
-        }
+      for (int row = 0; row < ROWS; row += kStep) {
+        if (FULL || first + row < all_rows) copy_async<UNIT>(to + row * PITCH, from, FULL || first + row < rows ? valid[i] : 0);
+        from += kStep * step;
       }
-      from += kStep * step;
     }
   }
 
@@ -91,19 +87,22 @@ struct Slab {
       if (piece < kPieces) {
         const int byte = 16 * unit(piece);
         const bool wanted = row(piece) < all_rows && unit(piece) <= all_units;  // the last unit's end lies in the next
-        loaded[i] = load_shifted(begin(row(piece)) + byte, wanted ? valid(row(piece), byte) : -16);
+        loaded[i] = load_shifted(data + row(piece) * step + byte, wanted ? valid(row(piece), byte) : -16);
       }
     }
   }
 
+  // All of a thread's pieces are shifted alike: 32 rows, and a stage of them, are a multiple of 16 bytes.
   __device__ void store(int half, unsigned stage) const {
+    const auto shift = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(data + row(0) * step) & 15);
+    const bool whole = rows >= all_rows && bytes >= 16 * all_units;
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       const int piece = half * kHalf + i;
       if (piece < kPieces) {
         const int byte = 16 * unit(piece);
-        const auto shift = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(begin(row(piece))) & 15);
-        const uint4 x = cut(join(loaded[i], shift), valid(row(piece), byte));
+        uint4 x = join(loaded[i], shift);
+        if (!whole) x = cut(x, valid(row(piece), byte));
         if (has(piece)) store_shared(stage + row(piece) * PITCH + byte, x);
       }
     }
