@@ -7,8 +7,8 @@ and assumptions these are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -74,8 +74,8 @@ class Products:
 
 def count(launch: Launch) -> tuple[ptxsim.Report, int]:
     """The simulator's counts of the blocks of one result of one group, and how many they are."""
-    product = launch.arguments.products[0]
-    blocks = product.row_tiles * product.column_tiles * product.splits
+    one = launch.arguments.products[0]
+    blocks = one.row_tiles * one.column_tiles * one.splits
     device = SimulatedDevice(shared_limit=227 * 1024)
     device.run([Launch(launch.kernel, blocks, launch.shared, launch.arguments, launch.tensors)], torch.device("cpu"))
     return device.reports[0], blocks
@@ -95,34 +95,29 @@ def bounds(report: ptxsim.Report, blocks: int, plan: list[Launch], problem: Prod
     }
 
 
-def rows() -> Iterator[str]:
-    for kind in KINDS:
-        for data_set in ATTRIBUTES:
-            for width in WIDTHS:
-                problem = Products(kind, data_set, width)
-                for gpu in GPUS:
-                    plan = problem.plan(gpu)
-                    report, blocks = count(plan[0])
-                    product = plan[0].arguments.products[0]
-                    resources = bounds(report, blocks, plan, problem, gpu)
-                    limiter, bound = max(resources.items(), key=lambda item: item[1])
-                    launches = LAUNCH * (2 if len(plan) > 1 else 1)
-                    load, store = report.global_load, report.global_store
-                    cells = [
-                        f"{kind} {data_set}",
-                        str(width),
-                        gpu.name,
-                        f"{plan[0].grid} ({product.splits})",
-                        f"{report.macs / blocks * plan[0].grid / problem.macs:.3f}",
-                        f"{report.shared.wavefronts / report.mma:.2f}",
-                        f"{report.warp_instructions / report.mma:.1f}",
-                        f"{load.sectors / load.ideal_sectors:.2f}",
-                        f"{store.sectors / store.ideal_sectors:.2f}",
-                        f"{1e6 * problem.macs / gpu.tensor_rate:.1f}",
-                        f"{1e6 * (bound + launches):.1f} ({limiter})",
-                        f"{1e6 * (sum(resources.values()) + launches):.1f}",
-                    ]
-                    yield f"| {' | '.join(cells)} |"
+def row(problem: Products, gpu: Gpu) -> str:
+    """The document's row of one launch on one GPU."""
+    plan = problem.plan(gpu)
+    report, blocks = count(plan[0])
+    resources = bounds(report, blocks, plan, problem, gpu)
+    limiter, bound = max(resources.items(), key=lambda item: item[1])
+    launches = LAUNCH * (2 if len(plan) > 1 else 1)
+    load, store = report.global_load, report.global_store
+    cells = [
+        f"{problem.kind} {problem.data_set}",
+        str(problem.width),
+        gpu.name,
+        f"{plan[0].grid} ({plan[0].arguments.products[0].splits})",
+        f"{report.macs / blocks * plan[0].grid / problem.macs:.3f}",
+        f"{report.shared.wavefronts / report.mma:.2f}",
+        f"{report.warp_instructions / report.mma:.1f}",
+        f"{load.sectors / load.ideal_sectors:.2f}",
+        f"{store.sectors / store.ideal_sectors:.2f}",
+        f"{1e6 * problem.macs / gpu.tensor_rate:.1f}",
+        f"{1e6 * (bound + launches):.1f} ({limiter})",
+        f"{1e6 * (sum(resources.values()) + launches):.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 HEADER = (
@@ -142,7 +137,9 @@ partial results, whose bytes count as DRAM's although they fit into L2, and its 
 def report() -> str:
     """The document."""
     kinds = [f"- *{kind}*: {words}." for kind, words in KINDS.items()]
-    lines = [f"| {' | '.join(HEADER)} |", "| --- |" + " ---: |" * (len(HEADER) - 1), *rows()]
+    problems = [Products(*of) for of in product(KINDS, ATTRIBUTES, WIDTHS)]
+    rows = [row(problem, gpu) for problem in problems for gpu in GPUS]
+    lines = [f"| {' | '.join(HEADER)} |", "| --- |" + " ---: |" * (len(HEADER) - 1), *rows]
     return "\n".join([INTRODUCTION, *kinds, "", *lines, ""])
 
 

@@ -11,6 +11,8 @@ from bda_fused import testing
 from bda_fused.backends import cuda_products
 from bda_fused.backends.cuda_plan import Device
 from bda_fused.backends.cuda_products import Sum
+from benchmarks import gpu_products
+from benchmarks.gpu_model import GPUS
 from tests import cuda_device, ptxsim
 from tests.cuda_device import SOURCES, simulated
 
@@ -181,6 +183,11 @@ def test_counts(case, macs, wavefronts, ptx, loads, stores):
         f"loads {report.global_load.sectors / report.global_load.ideal_sectors:.3f}, "
         f"stores {report.global_store.sectors / report.global_store.ideal_sectors:.3f}"
     )
+
+
+def test_document_says_what_the_simulator_counts():
+    """One row of it, of the smallest problem."""
+    assert gpu_products.row(gpu_products.Products("VSA dQ", "AWA2", 350), GPUS[0]) in gpu_products.DOCUMENT.read_text()
 
 
 # What is wrong, file, what the file says, what it says instead, the case that must fail, and how.
