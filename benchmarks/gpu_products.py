@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from bda_fused.backends import cuda_products
+from bda_fused.backends import cuda, cuda_products
 from bda_fused.backends.cuda_plan import Launch
 from bda_fused.backends.cuda_products import Sum
+from bda_fused.shapes import padded_rows
 from benchmarks.gpu_model import ATTRIBUTES, GPUS, IMAGES, ISSUE, ITEMSIZE, LAUNCH, MMA_MACS, REGIONS, Gpu
 from tests import ptxsim
 from tests.cuda_device import SimulatedDevice
@@ -46,7 +47,7 @@ class Products:
     def plan(self, gpu: Gpu) -> list[Launch]:
         attributes = ATTRIBUTES[self.data_set]
         rows, keys = (REGIONS, attributes) if self.kind == "SSA dV and dK" else (attributes, REGIONS)
-        left = torch.zeros(IMAGES, 1, rows, keys, dtype=torch.bfloat16)
+        left = padded_rows(torch.empty(0, dtype=torch.bfloat16), (IMAGES, 1, rows, keys), cuda.WEIGHTS_PITCH).zero_()
         right = torch.zeros(IMAGES, 1, keys if self.kind == "VSA dQ" else rows, self.width, dtype=torch.bfloat16)
         if self.kind == "SSA dV and dK":
             sums = [Sum([(left, right)], right.new_empty(1, 1, keys, self.width)) for _ in range(2)]

@@ -160,6 +160,16 @@ def test_no_kernel_runs_in_vain(case, expected):
     assert kernels(case) == expected
 
 
+def test_maps_lie_in_rows_that_copies_of_16_bytes_can_read():
+    """Whatever the number of keys: the map that was kept, P * M and dS, which the long products read."""
+    for dropout_p in (0.0, 0.3):
+        case = ssa(2, 9, 13, 16, needs="kv", dropout_p=dropout_p)
+        with simulated() as device:
+            cases.run(cases.make_operands(case), case, "cuda")
+        (products,) = (launch.arguments.products for launch in device.launches if "summed_product" in launch.kernel)
+        assert [product.left_unit for product in products] == [16, 16]
+
+
 def test_nobody_is_written_who_is_not_needed():
     case = ssa(2, 9, 8, 16, bias=(8,), needs="q")
     with simulated() as device:

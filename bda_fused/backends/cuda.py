@@ -19,12 +19,12 @@ from bda_fused.backends.batch_sum import batch_sum
 from bda_fused.backends.cuda_plan import Device, Launch, RowProblem
 from bda_fused.backends.cuda_products import Sum
 from bda_fused.backends.problem import Options, Problem
-from bda_fused.shapes import batch_of
+from bda_fused.shapes import batch_of, padded_rows
 
 # The map is written by the forward and read by the backward: that saves a third of the backward's products.
 KEEPS_WEIGHTS = True
-# The pitch of the rows of a kept map is a multiple of so many elements.
-WEIGHTS_PITCH = 1
+# The pitch of the rows of a kept map is a multiple of so many elements: all rows can be copied 16 bytes at a time.
+WEIGHTS_PITCH = 8
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**28  # rows, keys or columns, which the kernels count in 32 bits; what they address has 64
@@ -91,8 +91,10 @@ def forward(
     *outer, queries, keys = problem.scores
     scored = [query, key] if attn_bias is None else [query, key, attn_bias]
     y = query.new_empty((*outer, queries, value.shape[3]), dtype=problem.result_dtype)
-    keeps = options.need_weights or options.need_grad
-    weights = value.new_empty((*batch_of(*scored), queries, keys) if keeps else 0)
+    weights = value.new_empty(0)
+    if options.need_weights or options.need_grad:
+        pitch = 1 if options.need_weights else WEIGHTS_PITCH
+        weights = padded_rows(value, (*batch_of(*scored), queries, keys), pitch)
     row_sum = query.new_empty((*outer, queries) if options.need_row_sum else 0, dtype=torch.float32)
     lse = row_sum.new_empty(0)
     if keys == 0:  # nothing to attend to
@@ -114,7 +116,7 @@ def forward(
         second=second,
         added=None if residual is None else _with_unit_stride(residual),
         out=out,
-        weights=weights if keeps else None,
+        weights=weights if weights.numel() else None,
         scale=options.scale,
         bias=None if attn_bias is None else _with_unit_stride(attn_bias.float()),
         seed=seed,
@@ -167,9 +169,9 @@ def backward(
     # bias's gradient is summed from.
     device = _device(query.device)
     query_per_row = list(query.shape[:2]) == outer
-    scores_grad = dy.new_empty(problem.scores) if need_key or (need_query and not query_per_row) else None
+    scores_grad = _map_like(dy, problem) if need_key or (need_query and not query_per_row) else None
     need_map = need_value or (need_key and key_is_value)
-    dropped = dy.new_empty(problem.scores) if need_map and seed is not None else None
+    dropped = _map_like(dy, problem) if need_map and seed is not None else None
     need_summands = False
     if need_bias:
         assert attn_bias is not None
@@ -243,6 +245,11 @@ def backward(
 def _needed(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value, bias = (x if need else x.new_empty(0) for x, need in zip(grads, needs, strict=True))
     return query, key, value, bias
+
+
+def _map_like(x: Tensor, problem: Problem) -> Tensor:
+    """(B, H, L, S) in the kernels' padded rows."""
+    return padded_rows(x, problem.scores, WEIGHTS_PITCH)
 
 
 def _accumulator(out: Tensor, keys: int, device: Device) -> Tensor:

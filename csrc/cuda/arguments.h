@@ -17,6 +17,9 @@ struct Rows {
 // the statistics of every group, then the results, in which every group knows the statistics of all.
 enum Step : std::int32_t { kWhole, kStatistics, kResults };
 
+// Rows of maps that nobody but this backend reads are padded to a multiple of so many elements, 16 bytes at least.
+constexpr int kMapPitch = 8;
+
 enum Kind : std::int32_t { kNone, kFloat32, kBfloat16, kFloat16 };
 
 // One row tile of    Z = added + map(scale * left first^T + bias) second    for every block.
@@ -36,8 +39,8 @@ struct RowArguments {
   Rows weights_grad;       // backward: the gradient of P, of any alignment; null data: none
   const float* row_sum_grad;  // backward: (B, H, L); null: none
   float* row_sum;          // forward: (B, H, L); null: not wanted
-  void* scores_grad;       // backward: scale * dS, (B, H, L, S); null: not wanted
-  void* dropped;           // backward: P * M, (B, H, L, S); null: not wanted
+  void* scores_grad;       // backward: scale * dS, (B, H, L, S) in padded rows; null: not wanted
+  void* dropped;           // backward: P * M, (B, H, L, S) in padded rows; null: not wanted
   float* bias_grad;        // backward: dS, (B, H, L, S); null: not wanted
   float* bias_grad_sums;   // backward: the columns of dS summed over a block's rows, (blocks, S); null: not wanted
   float* statistics;       // of groups of keys, (2, groups, B, H, L): maxima and sums of exp2; rowsum(P * dP) and rowsum(P)

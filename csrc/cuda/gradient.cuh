@@ -189,10 +189,10 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
         }
       }
     }
-    store_map<Element>(contiguous_map(args, args.dropped), args, shared, place);
+    store_map<Element>(padded_map(args, args.dropped), args, shared, place);
   }
   write_map<Element>(scores, args, shared, args.scale);
-  if (args.scores_grad != nullptr) store_map<Element>(contiguous_map(args, args.scores_grad), args, shared, place);
+  if (args.scores_grad != nullptr) store_map<Element>(padded_map(args, args.scores_grad), args, shared, place);
   return true;
 }
 

@@ -49,9 +49,9 @@ __device__ void write_map(const float (&x)[Tile::kRowTiles][Tile::kKeyBlocks][4]
   }
 }
 
-// (B, H, L, S) without gaps.
-__device__ inline Rows contiguous_map(const RowArguments& args, void* data) {
-  const std::int64_t row = args.total_keys, head = row * args.queries;
+// (B, H, L, S) in rows of a multiple of kMapPitch elements.
+__device__ inline Rows padded_map(const RowArguments& args, void* data) {
+  const std::int64_t row = round_up(args.total_keys, kMapPitch), head = row * args.queries;
   return {data, head * args.heads, head, row};
 }
 
