@@ -208,7 +208,11 @@ def random_case(generator: random.Random) -> Case:
 
 
 def test_fuzz():
-    """BDA_FUSED_FUZZ_SEED and BDA_FUSED_FUZZ_SECONDS in the environment make it another, or longer."""
+    """BDA_FUSED_FUZZ_SEED and BDA_FUSED_FUZZ_SECONDS in the environment make it another, or longer.
+
+    Known: case 888 of seed 0 breaks the rule, with the float32 gradient of a bias that one row alone sees. What is left
+    there is the rounding of the kept map to 16 bits, and the yardstick happens to round its few products luckily.
+    """
     generator = random.Random(int(os.environ.get("BDA_FUSED_FUZZ_SEED", "0")))
     for source in SOURCE_OF.values():
         module(source)  # compiled before the clock runs
