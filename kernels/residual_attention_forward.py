@@ -249,7 +249,8 @@ def plan_forward(
     scores: (B, H, L, S), none of them 0. dropout: the first word that survives, and what survivors are multiplied by.
     """
     rows = Rows(scores, keys=(key, value), rows=(query, residual, attn_bias, y, weights))
-    tile = tiles.forward(target, query.dtype, scores[3], dropped=seed is not None)
+    width = max(key.shape[3], value.shape[3])
+    tile = tiles.forward(target, query.dtype, scores[3], width, dropped=seed is not None)
     threshold, keep_scale = dropout
     arguments = {
         "q": query, "k": key, "v": value, "r": residual, "bias": attn_bias, "seed": seed,

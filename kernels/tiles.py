@@ -68,8 +68,8 @@ def _blocks(columns: int, widths: tuple[int, ...]) -> tuple[int, ...]:
     return blocks
 
 
-def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) -> Tile:
-    """The tile of the forward for score rows of so many columns."""
+def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool) -> Tile:
+    """The tile of the forward for score rows of so many columns, and keys and values so wide."""
     if columns > WHOLE:
         return Tile(64, ((64,),), 32, 64, 4)
     if dtype == torch.float32:
@@ -79,7 +79,7 @@ def forward(target: Target, dtype: torch.dtype, columns: int, *, dropped: bool) 
     if columns <= 224:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
         return Tile(64, split(columns, 4 if dropped else 3, (32, 16)), 32, 32, 4)
     if columns <= 320:
-        step = 16 if dropped else 64 if target.capability < 100 else 32
+        step = 16 if dropped else 64 if target.capability < 100 and _has_short_rest(width) else 32
         return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
     return Tile(64, split(columns, 4, (64, 32, 16)), 16, 16, 4)
 
@@ -91,7 +91,8 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
     if dtype == torch.float32:
         return _single_precision(target, columns)
     if columns <= 128:
-        return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
+        step = 32 if dropped else 64
+        return Tile(128, split(columns, 1, (32, 16)), step, step, 8)
     if columns <= 224:
         return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
     if columns <= 320 and dropped:
@@ -99,10 +100,14 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
     if columns <= 320:
         if target.capability >= 100:
             return Tile(128, split(columns, 6, (32, 16)), 16, 32, 8)
-        # A rest of 64 columns would take more registers than there are.
-        step = 64 if target.capability < 90 and width % 64 <= 32 else 32
+        step = 64 if target.capability < 90 and _has_short_rest(width) else 32
         return Tile(128, split(columns, 4, (32, 16)), step, step, 8)
     return Tile(64, split(columns, 6, (64, 32, 16)), 16, 16, 4)
+
+
+def _has_short_rest(width: int) -> bool:
+    """Whether steps of 64 columns leave at most 32: a rest of 64 would take more registers than there are."""
+    return width % 64 <= 32
 
 
 def _single_precision(target: Target, columns: int) -> Tile:
