@@ -99,6 +99,13 @@ MUTATIONS = [
         "SSA absorbed, the query is the residual-float32",
     ),
     (
+        "the query's gradient is left out where it is the row kernel's",
+        BACKWARD,
+        "if SHARED_QUERY == 0:",
+        "if SHARED_QUERY == 1:",
+        "SSA-float32",
+    ),
+    (
         "dropped weights enter dV",
         "sums.py",
         "a_tile = tl.maximum(a_tile, 0.0)",
