@@ -12,10 +12,10 @@ namespace bda_fused {
 // This lane's two neighbouring entries of the map in shared memory.
 template <class Element, class Tile>
 __device__ typename Pair<typename Element::Storage>::Type* map_pair(const RowArguments& args,
-                                                                    const SharedMemory<Tile>& shared, int row_tile,
+                                                                    const SharedMemory<Element, Tile>& shared, int row_tile,
                                                                     int half, int block) {
   using T = typename Element::Storage;
-  auto* row = reinterpret_cast<T*>(shared.map + Tile::row(row_tile, half) * args.map_pitch);
+  auto* row = reinterpret_cast<T*>(shared.map + Tile::row(row_tile, half) * shared.kMapPitch);
   return reinterpret_cast<typename Pair<T>::Type*>(row + Tile::column(block));
 }
 
@@ -23,7 +23,7 @@ __device__ typename Pair<typename Element::Storage>::Type* map_pair(const RowArg
 // wanted. Returns whether the value product follows.
 template <class Element, class Tile>
 __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                                 const SharedMemory<Tile>& shared, const Place& place) {
+                                 const SharedMemory<Element, Tile>& shared, const Place& place) {
   using T = typename Element::Storage;
   constexpr int kRowTiles = Tile::kRowTiles, kKeyBlocks = Tile::kKeyBlocks;
   const int columns = round_up(args.keys, Size<Element>::kStep);
@@ -43,10 +43,11 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
       }
     }
   }
-  const std::uint64_t seed = args.seed == nullptr ? 0 : *args.seed;
   if (args.seed != nullptr) {
+    const std::uint64_t seed = *args.seed;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
+      forget_loads();
       const std::int64_t row = shared.offsets[Tile::row(i, 0)].flat;
       const std::int64_t row_below = shared.offsets[Tile::row(i, 1)].flat;
 #pragma unroll
@@ -62,6 +63,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        forget_loads();
         const Position at = shared.positions[Tile::row(i, half)];
         const T* gradient = static_cast<const T*>(args.weights_grad.data) + offset(args.weights_grad, at);
 #pragma unroll
@@ -106,7 +108,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
     reduce_rows<Tile>(delta, shared.scratch[0], Sum());
   }
   if (args.step == kStatistics) {
-    store_statistics<Tile>(delta, args, shared, place);
+    store_statistics<Tile>(delta, args, shared.offsets, place);
     return false;
   }
 #pragma unroll
@@ -143,10 +145,12 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
       }
     }
   }
-  if (args.bias_grad_sums != nullptr) store_column_sums<Tile>(scores, args, shared);
+  if (args.bias_grad_sums != nullptr) store_column_sums<Tile>(scores, args);
   if (args.dropped != nullptr) {
+    const std::uint64_t seed = *args.seed;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
+      forget_loads();
       const std::int64_t row = shared.offsets[Tile::row(i, 0)].flat;
       const std::int64_t row_below = shared.offsets[Tile::row(i, 1)].flat;
 #pragma unroll
