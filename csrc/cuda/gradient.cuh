@@ -11,9 +11,8 @@ namespace bda_fused {
 
 // This lane's two neighbouring entries of the map in shared memory.
 template <class Element, class Tile>
-__device__ typename Pair<typename Element::Storage>::Type* map_pair(const RowArguments& args,
-                                                                    const SharedMemory<Element, Tile>& shared, int row_tile,
-                                                                    int half, int block) {
+__device__ typename Pair<typename Element::Storage>::Type* map_pair(const SharedMemory<Element, Tile>& shared,
+                                                                    int row_tile, int half, int block) {
   using T = typename Element::Storage;
   auto* row = reinterpret_cast<T*>(shared.map + Tile::row(row_tile, half) * shared.kMapPitch);
   return reinterpret_cast<typename Pair<T>::Type*>(row + Tile::column(block));
@@ -88,7 +87,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
-          const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
+          const float2 p = widen(*map_pair(shared, i, half, j));
           delta[i][half] += p.x * scores[i][j][2 * half] + p.y * scores[i][j][2 * half + 1];
         }
       }
@@ -118,7 +117,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
-          const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
+          const float2 p = widen(*map_pair(shared, i, half, j));
           scores[i][j][2 * half] = p.x * (scores[i][j][2 * half] - delta[i][half]);
           scores[i][j][2 * half + 1] = p.y * (scores[i][j][2 * half + 1] - delta[i][half]);
         }
@@ -159,7 +158,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (Tile::column(j) < columns) {
-            auto* pair = map_pair<Element>(args, shared, i, half, j);
+            auto* pair = map_pair(shared, i, half, j);
             const float2 p = widen(*pair);
             *pair = Pair<T>::round(keep.x[2 * half] ? p.x * args.keep_scale : 0.f,
                                    keep.x[2 * half + 1] ? p.y * args.keep_scale : 0.f);

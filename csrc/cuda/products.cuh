@@ -54,8 +54,8 @@ struct LeftRows {
   }
 
  private:
-  // Of a word of a row's chunk. Word 4 t + i of 64 bytes is word t of unit i: lane t of four gets from ldmatrix the words
-  // that it has of a key.
+  // Of a word of a row's chunk. Word 4 t + i of 64 bytes is word t of unit i: lane t of four gets from ldmatrix the
+  // words that it has of a key.
   __device__ static unsigned place(unsigned row, unsigned word) {
     return word / 16 * Shared::kPlane + row * Shared::kLeftPitch + word % 4 * 16 + word % 16 / 4 * 4;
   }

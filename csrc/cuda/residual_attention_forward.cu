@@ -9,7 +9,8 @@ namespace {
 
 template <class Element, class Tile>
 struct Softmax {
-  __device__ static void prepare(const RowArguments& args, const SharedMemory<Element, Tile>& shared, const Position& first) {
+  __device__ static void prepare(const RowArguments& args, const SharedMemory<Element, Tile>& shared,
+                                 const Position& first) {
     load_key_bias(args, shared, first);
   }
   __device__ static bool apply(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,

@@ -36,14 +36,18 @@ __device__ __forceinline__ void row_kernel(const RowArguments& args) {
   if (!Map::apply(scores, args, shared, place) || args.second.data == nullptr) return;
 
   __syncthreads();  // the map is complete
-  const int units = (args.out_width + Size<Element>::kUnitColumns - 1) / Size<Element>::kUnitColumns;
+  constexpr int kColumns = Size<Element>::kUnitColumns;
 #pragma unroll 1
-  for (int unit = 0; unit < units; unit += args.pass_units) {
-    const int pass_units = min(args.pass_units, units - unit);
+  for (int unit = 0; unit * kColumns < args.out_width; unit += args.pass_units) {
+    // Counted twice, for the product and for the store: registers are full in between.
+    const auto units = [&] {
+      const int columns = opaque(args.out_width) - unit * kColumns;
+      return min(args.pass_units, (columns + kColumns - 1) / kColumns);
+    };
     Result<Element, Tile> result;
     forget_loads();
-    multiply_values(result, args, shared, keys_of<Element>(args.second, shared.positions[0]), 32 * unit, pass_units);
-    store_pass(result, args, shared, place.rows, Size<Element>::kUnitColumns * unit, pass_units, Map::factor(args));
+    multiply_values(result, args, shared, keys_of<Element>(args.second, shared.positions[0]), 32 * unit, units());
+    store_pass(result, args, shared, place.rows, kColumns * unit, units(), Map::factor(args));
   }
 }
 

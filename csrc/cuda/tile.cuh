@@ -42,7 +42,10 @@ struct Tile {
   // The row of this lane's entries 0 and 1 (half 0) or 2 and 3 (half 1) of a fragment.
   __device__ static int row(int row_tile, int half) { return 16 * row_tile + 8 * half + lane() / 4; }
   // How many of ``all`` blocks or units this warp has, and which.
-  __device__ static int share(int all) { return (all + kWarps - 1 - static_cast<int>(opaque(threadIdx.x) / 32)) / kWarps; }
+  __device__ static int share(int all) {
+    const int warp = opaque(threadIdx.x) / 32;
+    return (all + kWarps - 1 - warp) / kWarps;
+  }
   __device__ static int dealt(int index) { return index * kWarps + warp(); }
   // The key of this lane's even entries of a fragment.
   __device__ static int column(int index) { return 8 * dealt(index) + 2 * (lane() % 4); }
