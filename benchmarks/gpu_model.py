@@ -94,7 +94,7 @@ class Problem:
 
     def tile(self, gpu: Gpu) -> Tile:
         tiles = cuda_plan.TILES[ELEMENT]["backward" if self.backward else "forward"]
-        return cuda_plan.choose_tile(tiles, *self.groups, self.keys, self.width, ITEMSIZE, gpu.device)
+        return cuda_plan.choose_tile(tiles, *self.groups, self.keys, ITEMSIZE, gpu.device)
 
     def case(self, tile: Tile) -> Case:
         """One tile of SSA, or one image of VSA."""
@@ -107,7 +107,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one block. sectors: ideal and real, of 32 bytes."""
+    """Of one block. loads, stores: ideal and real sectors of 32 bytes. unique: bytes touched over those of operands."""
 
     mma: float
     macs: float
@@ -115,6 +115,7 @@ class Counts:
     instructions: float
     loads: tuple[float, float]
     stores: tuple[float, float]
+    unique: float
 
 
 @contextmanager
@@ -139,6 +140,7 @@ def count(problem: Problem, tile: Tile) -> Counts:
         if direction in launch.kernel
     )
     load, store = report.global_load, report.global_store
+    operands = {x.data_ptr(): x.numel() * x.element_size() for x in launch.tensors.values()}
     return Counts(
         report.mma / launch.grid,
         report.macs / launch.grid,
@@ -146,6 +148,7 @@ def count(problem: Problem, tile: Tile) -> Counts:
         report.warp_instructions / launch.grid,
         (load.ideal_sectors / launch.grid, load.sectors / launch.grid),
         (store.ideal_sectors / launch.grid, store.sectors / launch.grid),
+        (load.unique_bytes + store.unique_bytes) / sum(operands.values()),
     )
 
 
@@ -204,6 +207,7 @@ def rows_of(problems: list[Problem]) -> Iterator[str]:
                 f"{counts.instructions / counts.mma:.1f}",
                 f"{counts.loads[1] / counts.loads[0]:.2f}",
                 f"{counts.stores[1] / counts.stores[0]:.2f}",
+                f"{counts.unique:.3f}",
                 f"{1e6 * least:.1f}",
                 f"{1e6 * (bound + LAUNCH):.1f} ({limiter})",
                 f"{1e6 * (sum(resources.values()) + LAUNCH):.1f}",
@@ -224,6 +228,7 @@ HEADER = [
     "PTX / MMA",
     "load sectors",
     "store sectors",
+    "unique bytes",
     "floor, us",
     "bound, us",
     "no overlap, us",
@@ -245,7 +250,7 @@ the fullest processor runs at B = 50 and HW = 196, in bfloat16.
 - *MACs / useful*: multiply-adds of the tensor cores over those of the problem, rows that a last tile lacks
   included. *wavefronts / MMA*: passes of shared memory per tensor-core instruction. *PTX / MMA*: all warp
   instructions of the kernel's PTX, which the assembler shortens. *load, store sectors*: 32-byte sectors over the
-  fewest that the same bytes need.
+  fewest that the same bytes need. *unique bytes*: distinct bytes that a tile touches over those of its operands.
 - *floor*: the larger of unique bytes over DRAM bandwidth and useful products over the data sheet's tensor rate.
   *bound*: the largest of the five resources' times, all overlapped, plus {launch:.1f} us; *no overlap*: their sum.
   A kernel lies between the two.

@@ -12,11 +12,16 @@ from tests.cuda_cases import assert_parity, rsa, ssa, vsa
 from tests.cuda_device import SOURCES, simulated
 
 
-def with_nan_behind(x):
+def with_nan_behind(x, pitch=41):
     """Rows with NaN behind them."""
-    wide = torch.full((*x.shape[:-1], 41), torch.nan, dtype=x.dtype)
+    wide = torch.full((*x.shape[:-1], pitch), torch.nan, dtype=x.dtype)
     wide[..., : x.shape[-1]] = x
     return wide[..., : x.shape[-1]]
+
+
+def aligned_with_nan_behind(x):
+    """The same, such that keys and values are not packed."""
+    return with_nan_behind(x, 48)
 
 
 SSA = ssa(2, 21, 13, 23)
@@ -30,11 +35,16 @@ MUTATIONS = [
     ("a lane is left out of the row's maximum and sum", "reduce.cuh", "x[i][half], 2)", "x[i][half], 0)", SSA, AssertionError),
     ("the bias is not in units of log 2", "softmax.cuh", "+= bias[key] * kLog2e", "+= bias[key]", rsa(2, 13, 20), AssertionError),
     ("a row without a key divides by 0", "softmax.cuh", "sum[i][half] == 0.f ? 0.f : 1.f", "1.f", rsa(2, 13, 20, masked_row=True), AssertionError),
-    ("stages are read before they arrive", "products.cuh", "    wait_for_copies();\n    __syncthreads();\n    if (chunk", "    __syncthreads();\n    if (chunk", SSA, ptxsim.Fault),
-    ("a warp overtakes another", "products.cuh", "    __syncthreads();\n    if (chunk", "    if (chunk", ssa(2, 21, 13, 200), ptxsim.Fault),
-    ("the map is read before it is complete", "products.cuh", "    __syncthreads();\n    if (step + 2", "    if (step + 2", SSA, ptxsim.Fault),
+    ("stages are read before they arrive", "products.cuh", "    wait_for_copies<2>();\n", "", ssa(2, 21, 13, 200), ptxsim.Fault),
+    ("words are shifted before they arrive", "products.cuh", "    wait_for_copies<1>();\n", "", SSA, ptxsim.Fault),
+    ("a warp overtakes another", "products.cuh", "    meet();\n", "", ssa(2, 21, 13, 200), ptxsim.Fault),
+    ("the map is read before it is complete", "row_kernel.cuh", "  __syncthreads();  // the map is complete\n", "", SSA, ptxsim.Fault),
     ("rows of odd address lose their shift", "copy.cuh", "8 * (shift & 3)", "0", SSA, AssertionError),
-    ("what lies behind a row is multiplied", "products.cuh", "if (last) x = cut(x, valid(chunk));", "", ssa(2, 21, 13, 23, layout={"query": with_nan_behind}), AssertionError),
+    ("what lies behind a row is multiplied", "products.cuh", "if (valid < 16) x = cut(x, valid);", "", ssa(2, 21, 13, 23, layout={"query": with_nan_behind}), AssertionError),
+    ("what lies behind a key is multiplied", "products.cuh", "right.template cut_last<BLOCKS>(words[half], position);", "", ssa(2, 21, 13, 23, layout={"key": aligned_with_nan_behind}), AssertionError),
+    ("rows behind the last value are multiplied", "products.cuh", "WHOLE || key(i) < rest", "true", ssa(2, 21, 13, 23, layout={"value": aligned_with_nan_behind}), ptxsim.Fault),
+    ("a slice is overwritten while it is read", "store.cuh", "row_tile % 2 * shared.kSlice", "0 * row_tile", SSA, ptxsim.Fault),
+    ("the last column of a run spills into the next row", "store.cuh", "column + column_in_unit + k < size", "true", SSA, (AssertionError, ptxsim.Fault)),
     ("Philox has a round too few", "philox.cuh", "round < 10", "round < 9", DROPOUT, AssertionError),
     ("neighbouring lanes do not swap their words", "philox.cuh", "return {{got0, got1, words.z, words.w}}", "return {{words.x, words.y, words.z, words.w}}", DROPOUT, AssertionError),
     ("what survives is not scaled", "residual_attention_forward.cu", "args.seed == nullptr ? 1.f : args.keep_scale", "1.f", DROPOUT, AssertionError),

@@ -9,7 +9,7 @@ import torch
 
 from bda_fused import _native, backends
 from bda_fused.backends import cuda, cuda_plan
-from bda_fused.backends.cuda_plan import Device, PackArguments, RowArguments, SharedMemory, Tile
+from bda_fused.backends.cuda_plan import Device, PackArguments, RowArguments, Tile
 from bda_fused.backends.cuda_products import ProductArguments, SumArguments
 from bda_fused.backends.problem import Problem
 from tests import cuda_cases as cases
@@ -73,12 +73,12 @@ def test_failed_launch_names_the_kernel():
         (H100, 50, 312, 196, 64),  # two waves of 250
         (A100, 1, 10, 312, 32),
         (A100, 1, 9800, 400, 32),
-        (CONSUMER, 1, 9800, 312, 48),
+        (CONSUMER, 1, 9800, 312, 64),
     ],
 )
 def test_row_tile_is_chosen_by_waves_and_shared_memory(device, groups, rows, keys, expected):
     tiles = cuda_plan.TILES["bf16"]["forward"]
-    assert cuda_plan.choose_tile(tiles, groups, rows, keys, 350, 2, device).rows == expected
+    assert cuda_plan.choose_tile(tiles, groups, rows, keys, 2, device).rows == expected
 
 
 @pytest.mark.parametrize("element", cuda_plan.TILES)
@@ -87,16 +87,16 @@ def test_99_kib_are_enough_for_every_problem(element, direction):
     itemsize = 4 if element.startswith("tf32") else 2
     assert max(cuda_plan.key_groups(2000, CONSUMER)) == 320
     for keys in range(1, 321):
-        for width in (1, 350, 4096):
-            tile = cuda_plan.choose_tile(cuda_plan.TILES[element][direction], 1, 9800, keys, width, itemsize, CONSUMER)
-            assert SharedMemory.of(tile, itemsize, keys, tile.passes(width)[1]).total <= 99 * 1024
+        tile = cuda_plan.choose_tile(cuda_plan.TILES[element][direction], 1, 9800, keys, itemsize, CONSUMER)
+        assert tile.shared_bytes(itemsize) <= 99 * 1024
 
 
 @pytest.mark.parametrize(
-    ("width", "expected"), [(350, (1, 44)), (377, (1, 48)), (500, (2, 32)), (2048, (6, 43)), (0, (0, 0))]
+    ("width", "units"), [(350, [22]), (377, [24]), (437, [16, 12]), (500, [16, 16]), (2048, [24] * 5 + [8]), (1, [1])]
 )
-def test_passes_are_even(width, expected):
-    assert Tile(96, 128, 384, 4).passes(width) == expected
+def test_passes_are_even_rounds_over_the_warps(width, units):
+    step, total = Tile(96, 128).pass_units(width, 2), -(-width // 16)
+    assert [min(step, total - first) for first in range(0, total, step)] == units
 
 
 def test_the_driver_gets_what_the_simulator_runs(monkeypatch):

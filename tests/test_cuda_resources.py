@@ -5,12 +5,13 @@ import re
 import pytest
 
 from bda_fused import _native
+from bda_fused.backends import cuda_plan
 from benchmarks import cuda_resources
 from benchmarks.gpu_model import GPUS, Problem, bounds, count, floor
 
 BUILT = _native.build_info().get("_cuda", {})
 pytestmark = pytest.mark.skipif(not BUILT.get("built"), reason="the CUDA module was not built")
-A100, H100 = GPUS
+A100, _ = GPUS
 
 
 def test_nothing_is_spilled():
@@ -34,52 +35,74 @@ def sass(kernel, arch):
     return {int(address, 16): line for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)}
 
 
+def branches(instructions):
+    """(where it stands, where it goes to) of every branch."""
+    for address, line in instructions.items():
+        if target := re.search(r"\b(?:BRA|BSSY)(?:\.\w+)* .*?0x([0-9a-f]+)", line):
+            yield address, int(target[1], 16)
+
+
 def inner_loops(instructions):
     """The instructions of every loop that has tensor-core instructions and no such loop in it."""
-    addresses = list(instructions)
-    loops = []
-    for address, line in instructions.items():
-        target = re.search(r"\bBRA(?:\.\w+)* .*?0x([0-9a-f]+)", line)
-        if target and int(target[1], 16) <= address:
-            body = [instructions[a] for a in addresses if int(target[1], 16) <= a <= address]
-            if any("HMMA" in x for x in body):
-                loops.append((int(target[1], 16), address, body))
-    return [
-        body
-        for first, last, body in loops
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b, _ in loops)
-    ]
+    found = []
+    for last, first in branches(instructions):
+        body = {address: line for address, line in instructions.items() if first <= address <= last}
+        if any("HMMA" in line for line in body.values()):
+            found.append(body)
+    return [body for body in found if not any(other is not body and other.items() <= body.items() for other in found)]
 
 
-@pytest.mark.parametrize("kernel", ["96x320", "80x320"])
+def straight_lines(body, targets):
+    """The instructions of a loop from one branch, barrier or target of a branch to the next."""
+    blocks = [[]]
+    for address, line in body.items():
+        if address in targets:
+            blocks.append([])
+        blocks[-1].append(line)
+        if re.search(r"\b(BRA|BAR|BSYNC)\b", line):
+            blocks.append([])
+    return blocks
+
+
+def products(lines):
+    return sum("HMMA" in line for line in lines)
+
+
+@pytest.mark.parametrize("tile", [cuda_plan.Tile(96, 320), cuda_plan.Tile(80, 320)], ids=lambda tile: tile.name)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_inner_loops_are_lean(direction, kernel):
-    """Both products: tensor-core instructions, 16-byte copies, no local memory, few instructions beside."""
+def test_inner_loops_are_lean(direction, tile):
+    """Tensor-core instructions, copies past the registers, no local memory, and little beside.
+
+    A loop's straight lines without products copy left rows, once for many products: what they cost is in the counts of
+    PTX. Warps that have two blocks or units count: others have too few products to hide anything.
+    """
     if "sm_80" not in BUILT["arches"]:
         pytest.skip("the module was not built for sm_80")
-    instructions = sass(f"residual_attention_{direction}_bf16_{kernel}", "sm_80")
-    loops = inner_loops(instructions)
-    assert len(loops) == 2  # scores and values
+    instructions = sass(f"residual_attention_{direction}_bf16_{tile.name}", "sm_80")
+    targets = {target for _, target in branches(instructions)}
+    loops = [x for x in inner_loops(instructions) if products(x.values()) >= 4 * tile.rows // 16]
+    assert len(loops) >= 2  # scores and values, for every number of a warp's columns
     for body in loops:
-        assert len(body) / sum("HMMA.16816.F32.BF16" in x for x in body) <= 3.5
-    assert any("LDGSTS.E.BYPASS.128" in x for x in instructions.values())
+        lines = [line for block in straight_lines(body, targets) if products(block) for line in block]
+        assert len(lines) <= 3.5 * products(lines)
+    assert any("LDGSTS" in x for x in instructions.values())
     assert not any(re.search(r"\b(LDL|STL)\b", x) for x in instructions.values())
 
 
 # Kernel, width, and at most: MACs over useful ones, wavefronts and PTX instructions for each tensor-core instruction,
-# load and store sectors over ideal ones. The values are those of docs/gpu_model.md, rounded up.
+# load and store sectors over ideal ones, unique bytes over those of the operands.
 COUNTS = [
-    ("SSA", 350, A100, 1.03, 1.86, 6.5, 1.07, 1.24),
-    ("SSA", 512, A100, 1.03, 1.88, 6.3, 1.01, 1.01),
-    ("VSA", 350, A100, 1.08, 2.75, 10.0, 1.08, 1.24),
-    ("SSA", 377, A100, 1.05, 2.12, 8.3, 1.07, 1.24),
+    ("SSA", 350, 1.02, 1.8, 5.2, 1.07, 1.24, 1.07),
+    ("SSA", 2048, 1.02, 1.8, 5.2, 1.07, 1.24, 1.07),
+    ("SSA", 377, 1.04, 1.8, 6.5, 1.07, 1.24, 1.07),
+    ("VSA", 350, 1.13, 2.1, 7.8, 1.07, 1.24, 1.07),
 ]
 
 
-@pytest.mark.parametrize(("kind", "width", "gpu", "macs", "wavefronts", "ptx", "loads", "stores"), COUNTS)
-def test_counts(kind, width, gpu, macs, wavefronts, ptx, loads, stores):
+@pytest.mark.parametrize(("kind", "width", "macs", "wavefronts", "ptx", "loads", "stores", "unique"), COUNTS)
+def test_counts(kind, width, macs, wavefronts, ptx, loads, stores, unique):
     problem = Problem(kind, "CUB", width)
-    tile = problem.tile(gpu)
+    tile = problem.tile(A100)
     counts = count(problem, tile)
     groups, rows = problem.groups
     assert counts.macs * groups * -(-rows // tile.rows) <= macs * problem.macs
@@ -87,6 +110,7 @@ def test_counts(kind, width, gpu, macs, wavefronts, ptx, loads, stores):
     assert counts.instructions <= ptx * counts.mma
     assert counts.loads[1] <= loads * counts.loads[0]
     assert counts.stores[1] <= stores * counts.stores[0]
+    assert counts.unique <= unique
 
 
 def test_model_is_a_lower_bound_with_the_aims():

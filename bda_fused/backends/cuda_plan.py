@@ -23,6 +23,7 @@ from torch import Tensor
 from bda_fused import dropout
 
 THREADS = 256
+_WARPS = THREADS // 32
 _CHUNK = 128  # bytes of a row that are on chip at a time
 _MOST_KEYS = 512  # whose scores fit on chip
 
@@ -78,7 +79,6 @@ class RowArguments(ctypes.Structure):
                 "keys",
                 "width",
                 "out_width",
-                "passes",
                 "inner_batches",
                 "inner_heads",
                 "tiles",
@@ -95,7 +95,7 @@ class RowArguments(ctypes.Structure):
         ("threshold", ctypes.c_uint32),
         ("keep_scale", ctypes.c_float),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("left_unit", "map_pitch", "value_pitch", "overlaid", "pass_blocks")),
+        *((name, ctypes.c_int32) for name in ("left_unit", "pass_units", "consecutive")),
     ]
 
 
@@ -137,31 +137,36 @@ class Device:
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a block's work: how many rows, how many keys fit, and columns of the result per pass.
+    """The shape of a block's work: how many rows, how many keys fit, and units of the result that a warp has at most.
 
-    warp_columns: the eight warps stand in 8 / warp_columns rows and as many columns. csrc/cuda/kernels.h.
+    A unit is 32 bytes of a row, in the operands' dtype. csrc/cuda/kernels.h.
     """
 
     rows: int
     keys: int
-    out: int
-    warp_columns: int
+    units: int = 3
 
     @property
     def name(self) -> str:
         return f"{self.rows}x{self.keys}"
 
-    def passes(self, out_width: int) -> tuple[int, int]:
-        """(passes over the columns of the result, blocks of 8 columns in each): as even as whole blocks allow."""
-        blocks = -(-out_width // 8)
-        passes = -(-8 * blocks // self.out)
-        return passes, -(-blocks // max(passes, 1))
+    def pass_units(self, out_width: int, itemsize: int) -> int:
+        """Units of one pass over the columns of the result: as even as whole rounds over the warps allow."""
+        units = -(-out_width * itemsize // 32)
+        passes = max(-(-units // (_WARPS * self.units)), 1)
+        return _round_up(-(-units // passes), _WARPS)
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """csrc/cuda/tile.cuh, SharedMemory."""
+        left = 4 * 2 * (80 * self.rows + 64) + 2 * 9 * 16 * self.rows
+        map_rows = self.rows * (self.keys * itemsize + 16)
+        slices = 2 * 16 * 4 * (self.units * _WARPS * 32 // itemsize + 16)
+        return max(left, map_rows + slices) + 4 * self.keys + 2 * 4 * self.rows * _WARPS + self.rows * (32 + 12)
 
 
-_NARROW, _WIDE = Tile(96, 128, 352, 4), Tile(96, 320, 352, 4)
-_LOW = {rows: Tile(rows, 320, 384, 8) for rows in (80, 64, 48)}
-_LONG = Tile(32, _MOST_KEYS, 384, 8)
-_FLOAT32 = (Tile(48, 320, 192, 8), Tile(32, _MOST_KEYS, 256, 8))
+_NARROW, _WIDE, _LONG = Tile(96, 128), Tile(96, 320), Tile(32, _MOST_KEYS)
+_LOW = {rows: Tile(rows, 320) for rows in (80, 64, 48)}
+_FLOAT32 = (_LOW[48], Tile(16, _MOST_KEYS, 4))
 
 # Element type of the kernels -> direction -> the tiles that are built, the better of two equals first.
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
@@ -183,44 +188,12 @@ def element_name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-@dataclass(frozen=True)
-class SharedMemory:
-    """Bytes of a block's shared memory: csrc/cuda/tile.cuh, SharedMemory."""
-
-    map_pitch: int
-    value_pitch: int
-    overlaid: int
-    total: int
-
-    @classmethod
-    def of(cls, tile: Tile, itemsize: int, keys: int, pass_blocks: int) -> SharedMemory:
-        """pass_blocks: 0 where there is no value product."""
-        warp_rows = THREADS // 32 // tile.warp_columns
-        map_pitch = (_round_up(keys * itemsize, 32) // 16 | 1) * 16
-        value_units = pass_blocks * itemsize // 2
-        # Eight rows of 16 bytes, or four of 32, must meet different banks.
-        value_units = value_units | 1 if itemsize == 2 else value_units + (0 if value_units % 4 == 2 else 2)
-        scores = 2 * (tile.rows + _round_up(keys, 8)) * _CHUNK
-        value_stages = 2 * (64 // itemsize) * 16 * value_units
-        result_slice = 16 * warp_rows * (_round_up(8 * pass_blocks, 32) + 8) * 4
-        overlaid = _round_up(max(scores, tile.rows * map_pitch + max(value_stages, result_slice)), _CHUNK)
-        kept = warp_rows * tile.keys * 4 + 2 * tile.rows * tile.warp_columns * 4 + tile.rows * (32 + 12)
-        return cls(map_pitch, 16 * value_units, overlaid, overlaid + kept)
-
-
-def choose_tile(
-    tiles: Sequence[Tile], groups: int, rows: int, keys: int, out_width: int, itemsize: int, device: Device
-) -> Tile:
+def choose_tile(tiles: Sequence[Tile], groups: int, rows: int, keys: int, itemsize: int, device: Device) -> Tile:
     """The tile of least time, by waves: blocks that run after one another on one processor, times what one costs.
 
     groups, rows: of rows that meet the same keys, and in each.
     """
-    fitting = [
-        tile
-        for tile in tiles
-        if keys <= tile.keys
-        and SharedMemory.of(tile, itemsize, keys, tile.passes(out_width)[1]).total <= device.shared_limit
-    ]
+    fitting = [x for x in tiles if keys <= x.keys and x.shared_bytes(itemsize) <= device.shared_limit]
     return min(
         fitting,
         key=lambda tile: -(-groups * -(-rows // tile.rows) // device.processors) * (tile.rows + _BLOCK_OVERHEAD),
@@ -286,9 +259,7 @@ class RowProblem:
         groups, rows = batches * heads // (inner_batches * inner_heads), inner_batches * inner_heads * queries
         tiles = TILES[element_name(self.left.dtype)][self.direction]
         itemsize = self.left.element_size()
-        tile = choose_tile(
-            tiles, groups, rows, key_groups(self.scores[3], self.device)[0], self.out_width, itemsize, self.device
-        )
+        tile = choose_tile(tiles, groups, rows, key_groups(self.scores[3], self.device)[0], itemsize, self.device)
         return BlockShape(tile, groups, -(-rows // tile.rows), inner_batches, inner_heads)
 
     @property
@@ -304,8 +275,8 @@ class RowProblem:
     def _launch(self, shape: BlockShape, step: int, group: int) -> Launch:
         batches, heads, queries, total_keys = self.scores
         first_key, keys = group * _group_size(self.device), key_groups(total_keys, self.device)[group]
-        passes, pass_blocks = shape.tile.passes(self.out_width)
-        memory = SharedMemory.of(shape.tile, self.left.element_size(), keys, pass_blocks)
+        itemsize = self.left.element_size()
+        pass_units = shape.tile.pass_units(self.out_width, itemsize)
         tensors: dict[str, Tensor] = {}
 
         def operand(name: str, x: Tensor | None, keys_along: int | None = None) -> Rows:
@@ -343,7 +314,6 @@ class RowProblem:
             keys=keys,
             width=self.left.shape[3],
             out_width=self.out_width,
-            passes=passes,
             inner_batches=shape.inner_batches,
             inner_heads=shape.inner_heads,
             tiles=shape.tiles,
@@ -358,28 +328,40 @@ class RowProblem:
             keep_scale=0.0 if threshold > 2**32 - 1 else 1 / (1 - self.dropout_p),
             scale=self.scale,
             left_unit=_copied_unit(self.left, shape),
-            map_pitch=memory.map_pitch,
-            value_pitch=memory.value_pitch,
-            overlaid=memory.overlaid,
-            pass_blocks=pass_blocks,
+            pass_units=pass_units,
+            consecutive=_consecutive(added, heads, queries, shape),
         )
         name = f"residual_attention_{self.direction}_{element_name(self.left.dtype)}_{shape.tile.name}"
-        return Launch(name, shape.grid, memory.total, arguments, tensors)
+        return Launch(name, shape.grid, shape.tile.shared_bytes(itemsize), arguments, tensors)
 
 
 def _copied_unit(x: Tensor, shape: BlockShape) -> int:
-    """Bytes in which left rows can be copied past the registers, a constant distance apart: 16, 4, or 0 for never."""
+    """Bytes in which left rows can be copied past the registers, a constant distance apart: 4, or 0 for never."""
     merged = shape.inner_batches * shape.inner_heads == 1 or (
         shape.inner_heads == 1 and _stride(x, 0) == x.shape[2] * _stride(x, 2)
     )
     steps = [x.data_ptr(), *(_stride(x, axis) * x.element_size() for axis in range(3))]
-    return next((unit for unit in (16, 4) if merged and all(step % unit == 0 for step in steps)), 0)
+    return 4 if merged and all(step % 4 == 0 for step in steps) else 0
+
+
+def _consecutive(added: Tensor | None, heads: int, queries: int, shape: BlockShape) -> bool:
+    """Whether the rows of a group follow one another without a gap, in the result as in what is added to it."""
+    if shape.inner_batches > 1 and shape.inner_heads < heads:
+        return False
+    if added is None:
+        return True
+    width = added.shape[3]
+    steps = ((0, shape.inner_batches, heads * queries), (1, shape.inner_heads, queries), (2, queries, 1))
+    return all(size == 1 or _stride(added, axis) == rows * width for axis, size, rows in steps)
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether 16 bytes at a time can be copied from every row: what keys and values must be."""
-    steps = [x.data_ptr(), *(_stride(x, axis) * x.element_size() for axis in range(3))]
-    return all(step % 16 == 0 for step in steps)
+    """Whether the kernel can load keys or values from these rows: 16 bytes at a time, up to a multiple of 32."""
+    itemsize = x.element_size()
+    steps = [x.data_ptr(), *(_stride(x, axis) * itemsize for axis in range(3))]
+    last_row = x.storage_offset() + sum((x.shape[axis] - 1) * _stride(x, axis) for axis in range(3))
+    end = last_row * itemsize + _round_up(x.shape[3] * itemsize, 32)
+    return all(step % 16 == 0 for step in steps) and end <= x.untyped_storage().nbytes()
 
 
 def pack(x: Tensor) -> tuple[Tensor, Launch]:
@@ -387,7 +369,7 @@ def pack(x: Tensor) -> tuple[Tensor, Launch]:
     batches, heads = (1 if _stride(x, axis) == 0 else x.shape[axis] for axis in (0, 1))
     rows, width = x.shape[2:]
     itemsize = x.element_size()
-    units = -(-width * itemsize // 16)
+    units = 2 * -(-width * itemsize // 32)
     packed = x.new_empty((batches, heads, rows, units * 16 // itemsize))
     arguments = PackArguments(
         source=Rows(x.data_ptr(), *(_stride(x, axis) * itemsize for axis in range(3))),

@@ -29,8 +29,9 @@ enum Kind : std::int32_t { kNone, kFloat32, kBfloat16, kFloat16 };
 //   backward   dY      value   key     dY or nothing     dS = P * (dP - rowsum(P * dP))
 struct RowArguments {
   Rows left;    // (B, H, L, width), of any alignment
-  Rows first;   // (B, H, S, width), 16-byte aligned rows
-  Rows second;  // (B, H, S, out_width), 16-byte aligned rows; null data: only the map is wanted
+  // Rows that are 16-byte aligned and may be read up to a multiple of 32 bytes, whatever lies there.
+  Rows first;   // (B, H, S, width)
+  Rows second;  // (B, H, S, out_width); null data: only the map is wanted
   Rows added;   // (B, H, L, out_width), of any alignment and kind
   void* out;    // (B, H, L, out_width), contiguous
 
@@ -47,7 +48,7 @@ struct RowArguments {
   const std::uint64_t* seed;  // dropout; null: none
 
   std::int32_t batches, heads, queries, keys;  // B, H, L and the keys of this launch
-  std::int32_t width, out_width, passes;       // passes: over the columns of the result, 0 where there is none
+  std::int32_t width, out_width;
   // Rows that meet the same keys are one group: those of all batches, or heads, over which the keys are shared.
   std::int32_t inner_batches, inner_heads;
   std::int32_t tiles;                          // row tiles of a group
@@ -59,11 +60,10 @@ struct RowArguments {
   std::uint32_t threshold;                     // the smallest word that survives dropout
   float keep_scale;                            // 1 / (1 - p), 0 at p = 1
   float scale;
-  std::int32_t left_unit;                      // left rows of a group lie left.row apart and are copied in units of
-                                               // 16 or 4 bytes; 0: they may not, and go through registers
-  // Shared memory, in bytes: a row of the map, a key's values on chip, and the part that is used over again; and the
-  // blocks of 8 columns of one pass over out_width.
-  std::int32_t map_pitch, value_pitch, overlaid, pass_blocks;
+  std::int32_t left_unit;                      // 4: left rows of a group lie left.row apart, at addresses that are
+                                               // multiples of 4; 0: they may not, and are shifted on chip
+  std::int32_t pass_units;                     // units of 32 bytes of one pass over out_width's columns
+  std::int32_t consecutive;                    // whether a tile's rows of ``added`` and ``out`` follow one another
 };
 
 // Copies rows of any alignment to rows that are 16-byte aligned, with zeros behind their end.

@@ -14,11 +14,10 @@ namespace bda_fused {
 
 // This lane's two neighbouring entries of the map in shared memory.
 template <class Element, class Tile>
-__device__ typename Pair<typename Element::Storage>::Type* map_pair(const RowArguments& args,
-                                                                    const SharedMemory<Tile>& shared, int row_tile,
-                                                                    int half, int block) {
+__device__ typename Pair<typename Element::Storage>::Type* map_pair(const SharedMemory<Element, Tile>& shared,
+                                                                    int row_tile, int half, int block) {
   using T = typename Element::Storage;
-  auto* row = reinterpret_cast<T*>(shared.map + Tile::row(row_tile, half) * args.map_pitch);
+  auto* row = reinterpret_cast<T*>(shared.map + Tile::row(row_tile, half) * shared.kMapPitch);
   return reinterpret_cast<typename Pair<T>::Type*>(row + Tile::column(block));
 }
 
@@ -26,7 +25,7 @@ __device__ typename Pair<typename Element::Storage>::Type* map_pair(const RowArg
 // wanted. Returns whether the value product follows.
 template <class Element, class Tile>
 __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                                 const SharedMemory<Tile>& shared, const Place& place) {
+                                 const SharedMemory<Element, Tile>& shared, const Place& place) {
   using T = typename Element::Storage;
   constexpr int kRowTiles = Tile::kRowTiles, kKeyBlocks = Tile::kKeyBlocks;
   const int columns = round_up(args.keys, Size<Element>::kStep);
@@ -46,10 +45,11 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
       }
     }
   }
-  const std::uint64_t seed = args.seed == nullptr ? 0 : *args.seed;
   if (args.seed != nullptr) {
+    const std::uint64_t seed = *args.seed;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
+      forget_loads();
       const std::int64_t row = shared.offsets[Tile::row(i, 0)].flat;
       const std::int64_t row_below = shared.offsets[Tile::row(i, 1)].flat;
 #pragma unroll
@@ -65,6 +65,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        forget_loads();
         const Position at = shared.positions[Tile::row(i, half)];
         const T* gradient = static_cast<const T*>(args.weights_grad.data) + offset(args.weights_grad, at);
 #pragma unroll
@@ -88,7 +89,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
-          const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
+          const float2 p = widen(*map_pair(shared, i, half, j));
           total[i][half] += p.x + p.y;
         }
       }
@@ -106,7 +107,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
-          const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
+          const float2 p = widen(*map_pair(shared, i, half, j));
           delta[i][half] += p.x * scores[i][j][2 * half] + p.y * scores[i][j][2 * half + 1];
         }
       }
@@ -129,8 +130,8 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
     reduce_rows<Tile>(delta, shared.scratch[0], Sum());
   }
   if (args.step == kStatistics) {
-    store_statistics<Tile>(delta, args, shared, place, 0);
-    store_statistics<Tile>(total, args, shared, place, args.groups);
+    store_statistics<Tile>(delta, args, shared.offsets, place, 0);
+    store_statistics<Tile>(total, args, shared.offsets, place, args.groups);
     return false;
   }
 #pragma unroll
@@ -142,7 +143,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
       for (int j = 0; j < kKeyBlocks; ++j) {
         if (Tile::column(j) < columns) {
-          const float2 p = widen(*map_pair<Element>(args, shared, i, half, j));
+          const float2 p = widen(*map_pair(shared, i, half, j));
           scores[i][j][2 * half] = factor * p.x * (scores[i][j][2 * half] - mean);
           scores[i][j][2 * half + 1] = factor * p.y * (scores[i][j][2 * half + 1] - mean);
         }
@@ -169,10 +170,12 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
       }
     }
   }
-  if (args.bias_grad_sums != nullptr) store_column_sums<Tile>(scores, args, shared);
+  if (args.bias_grad_sums != nullptr) store_column_sums<Tile>(scores, args);
   if (args.dropped != nullptr) {
+    const std::uint64_t seed = *args.seed;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
+      forget_loads();
       const std::int64_t row = shared.offsets[Tile::row(i, 0)].flat;
       const std::int64_t row_below = shared.offsets[Tile::row(i, 1)].flat;
 #pragma unroll
@@ -181,7 +184,7 @@ __device__ bool softmax_gradient(float (&scores)[Tile::kRowTiles][Tile::kKeyBloc
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (Tile::column(j) < columns) {
-            auto* pair = map_pair<Element>(args, shared, i, half, j);
+            auto* pair = map_pair(shared, i, half, j);
             const float2 p = widen(*pair);
             *pair = Pair<T>::round(keep.x[2 * half] ? p.x * args.keep_scale : 0.f,
                                    keep.x[2 * half + 1] ? p.y * args.keep_scale : 0.f);

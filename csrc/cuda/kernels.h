@@ -37,22 +37,22 @@ void launch(const std::string& name, unsigned grid, unsigned block, unsigned sha
 // Calls DO(element name, element type, tile name, the arguments of Tile) for every instantiation. A tile is named by
 // its rows and the keys that fit; cuda_plan.py chooses among them.
 #define BDA_FUSED_FORWARD_TILES(DO, NAME, ELEMENT) \
-  DO(NAME, ELEMENT, 96x128, 3, 2, 4, 4, 11)        \
-  DO(NAME, ELEMENT, 96x320, 3, 2, 4, 10, 11)       \
-  DO(NAME, ELEMENT, 80x320, 5, 1, 8, 5, 6)         \
-  DO(NAME, ELEMENT, 64x320, 4, 1, 8, 5, 6)         \
-  DO(NAME, ELEMENT, 48x320, 3, 1, 8, 5, 6)         \
-  DO(NAME, ELEMENT, 32x512, 2, 1, 8, 8, 6)
+  DO(NAME, ELEMENT, 96x128, 6, 2, 3)               \
+  DO(NAME, ELEMENT, 96x320, 6, 5, 3)               \
+  DO(NAME, ELEMENT, 80x320, 5, 5, 3)               \
+  DO(NAME, ELEMENT, 64x320, 4, 5, 3)               \
+  DO(NAME, ELEMENT, 48x320, 3, 5, 3)               \
+  DO(NAME, ELEMENT, 32x512, 2, 8, 3)
 
 #define BDA_FUSED_BACKWARD_TILES(DO, NAME, ELEMENT) \
-  DO(NAME, ELEMENT, 96x320, 3, 2, 4, 10, 11)        \
-  DO(NAME, ELEMENT, 80x320, 5, 1, 8, 5, 6)          \
-  DO(NAME, ELEMENT, 48x320, 3, 1, 8, 5, 6)          \
-  DO(NAME, ELEMENT, 32x512, 2, 1, 8, 8, 6)
+  DO(NAME, ELEMENT, 96x320, 6, 5, 3)                \
+  DO(NAME, ELEMENT, 80x320, 5, 5, 3)                \
+  DO(NAME, ELEMENT, 48x320, 3, 5, 3)                \
+  DO(NAME, ELEMENT, 32x512, 2, 8, 3)
 
 #define BDA_FUSED_FLOAT32_TILES(DO, NAME, ELEMENT) \
-  DO(NAME, ELEMENT, 48x320, 3, 1, 8, 5, 3)         \
-  DO(NAME, ELEMENT, 32x512, 2, 1, 8, 8, 4)
+  DO(NAME, ELEMENT, 48x320, 3, 5, 3)               \
+  DO(NAME, ELEMENT, 16x512, 1, 8, 4)
 
 #define BDA_FUSED_QUOTE(X) #X
 #define BDA_FUSED_STRING(X) BDA_FUSED_QUOTE(X)

@@ -30,18 +30,20 @@ struct Place {
 // fragments * factor, rounded, into the map's rows. All columns up to the next whole step of the value product.
 template <class Element, class Tile>
 __device__ void write_map(const float (&x)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                          const SharedMemory<Tile>& shared, float factor) {
+                          const SharedMemory<Element, Tile>& shared, float factor) {
   using T = typename Element::Storage;
   const int columns = round_up(args.keys, Size<Element>::kStep);
+  char* rows = shared.map + Tile::row(0, 0) * shared.kMapPitch;
 #pragma unroll
-  for (int i = 0; i < Tile::kRowTiles; ++i) {
+  for (int j = 0; j < Tile::kKeyBlocks; ++j) {
+    const int column = Tile::column(j);
+    if (column < columns) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      auto* row = reinterpret_cast<T*>(shared.map + Tile::row(i, half) * args.map_pitch);
+      for (int i = 0; i < Tile::kRowTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < Tile::kKeyBlocks; ++j) {
-        if (Tile::column(j) < columns) {
-          *reinterpret_cast<typename Pair<T>::Type*>(row + Tile::column(j)) =
+        for (int half = 0; half < 2; ++half) {
+          auto* row = reinterpret_cast<T*>(rows + (16 * i + 8 * half) * shared.kMapPitch);
+          *reinterpret_cast<typename Pair<T>::Type*>(row + column) =
               Pair<T>::round(x[i][j][2 * half] * factor, x[i][j][2 * half + 1] * factor);
         }
       }
@@ -57,7 +59,7 @@ __device__ inline Rows padded_map(const RowArguments& args, void* data) {
 
 // The map's rows to contiguous or shared rows of ``to``; all threads call it. Complete before, free after.
 template <class Element, class Tile>
-__device__ void store_map(const Rows& to, const RowArguments& args, const SharedMemory<Tile>& shared,
+__device__ void store_map(const Rows& to, const RowArguments& args, const SharedMemory<Element, Tile>& shared,
                           const Place& place) {
   using T = typename Element::Storage;
   __syncthreads();
@@ -65,7 +67,7 @@ __device__ void store_map(const Rows& to, const RowArguments& args, const Shared
     const Position at = shared.positions[row];
     if (is_owner(to, at)) {
       auto* target = static_cast<T*>(const_cast<void*>(to.data)) + offset(to, at) + args.first_key;
-      store_row(target, shared.map + row * args.map_pitch, args.keys);
+      store_row(target, shared.map + row * shared.kMapPitch, args.keys);
     }
   }
   __syncthreads();
@@ -73,7 +75,7 @@ __device__ void store_map(const Rows& to, const RowArguments& args, const Shared
 
 // The map's rows from global memory, of any alignment; zeros in rows that the tile does not have.
 template <class Element, class Tile>
-__device__ void load_map(const Rows& from, const RowArguments& args, const SharedMemory<Tile>& shared,
+__device__ void load_map(const Rows& from, const RowArguments& args, const SharedMemory<Element, Tile>& shared,
                          const Place& place) {
   const int bytes = args.keys * Size<Element>::kBytes;
   const int units = round_up(args.keys, Size<Element>::kStep) * Size<Element>::kBytes / 16;
@@ -89,7 +91,7 @@ __device__ void load_map(const Rows& from, const RowArguments& args, const Share
       const int unit = first_unit + threadIdx.x % 8;
       const int valid = row < place.rows ? bytes - 16 * unit : -16;
       const uint4 x = cut(join(load_shifted(data + 16 * unit, valid), shift), valid);
-      if (unit < units) store_shared(shared.base + row * args.map_pitch + 16 * unit, x);
+      if (unit < units) store_shared(shared.base + row * shared.kMapPitch + 16 * unit, x);
     }
   }
   __syncthreads();

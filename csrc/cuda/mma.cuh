@@ -11,10 +11,11 @@
 
 namespace bda_fused {
 
+template <int OFFSET = 0>
 __device__ inline void load_matrices(unsigned (&x)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
+               : "r"(address), "n"(OFFSET)
                : "memory");
 }
 
@@ -36,6 +37,12 @@ __device__ inline unsigned load_word(unsigned address) {
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
+// The first half of the depth.
+#define BDA_FUSED_HALF_MMA(SHAPE)                                                                   \
+  asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"      \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(b[0]))
+
 // An element type: how it is stored, how fragments of it are prepared, and their product C += A B in float32.
 struct Bfloat16 {
   using Storage = __nv_bfloat16;
@@ -55,6 +62,11 @@ struct Bfloat16 {
     const auto& b = right.x;
     BDA_FUSED_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   }
+  __device__ static void multiply_half(float (&c)[4], const Fragment<4>& left, const Fragment<2>& right) {
+    const auto& a = left.x;
+    const auto& b = right.x;
+    BDA_FUSED_HALF_MMA("m16n8k8.row.col.f32.bf16.bf16.f32");
+  }
 };
 
 struct Float16 : Bfloat16 {
@@ -63,6 +75,11 @@ struct Float16 : Bfloat16 {
     const auto& a = left.x;
     const auto& b = right.x;
     BDA_FUSED_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  }
+  __device__ static void multiply_half(float (&c)[4], const Fragment<4>& left, const Fragment<2>& right) {
+    const auto& a = left.x;
+    const auto& b = right.x;
+    BDA_FUSED_HALF_MMA("m16n8k8.row.col.f32.f16.f16.f32");
   }
 };
 
@@ -77,6 +94,7 @@ __device__ inline void multiply_tf32(float (&c)[4], const unsigned (&a)[4], cons
 }
 
 #undef BDA_FUSED_MMA
+#undef BDA_FUSED_HALF_MMA
 
 // float32 rounded to TensorFloat-32, 10 bits after the point: torch's precision "high".
 struct Tf32 {

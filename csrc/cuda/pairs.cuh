@@ -10,7 +10,14 @@
 namespace bda_fused {
 
 __device__ inline float2 widen(float2 x) { return x; }
-__device__ inline float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+// A bfloat16 is the upper half of a float32.
+__device__ inline float2 widen(__nv_bfloat162 x) {
+  const unsigned word = *reinterpret_cast<const unsigned*>(&x);
+  float2 wide;
+  asm("shl.b32 %0, %1, 16;" : "=f"(wide.x) : "r"(word));
+  asm("and.b32 %0, %1, 0xffff0000;" : "=f"(wide.y) : "r"(word));
+  return wide;
+}
 __device__ inline float2 widen(__half2 x) { return __half22float2(x); }
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -1,141 +1,223 @@
-// The two matrix products of a row tile: scores = left first^T, and result = map second. Both are pipelines of two
-// stages: while the tensor cores work on one, the other is filled.
+// The two matrix products of a row tile: scores = left first^T, and result = map second. The left operand of either is
+// read by all warps, from shared memory; the right one by a single warp, which loads it straight into fragments, a step
+// ahead of the tensor cores.
 
 #pragma once
 
 #include "copy.cuh"
+#include "loops.cuh"
 #include "mma.cuh"
 #include "tile.cuh"
 
 namespace bda_fused {
 
-// One chunk of the tile's rows of the left operand, where they lie a constant distance apart and are aligned to UNIT
-// bytes; zeros behind the last row and column.
-template <int UNIT, class Element, class Tile>
-__device__ void copy_left(const char* left, const RowArguments& args, int rows, int chunk, unsigned stage) {
-  constexpr int kLanes = kChunk / UNIT, kStep = kThreads / kLanes;  // lanes of a row, rows at a time
-  const int row = threadIdx.x / kLanes, byte = UNIT * (threadIdx.x % kLanes);
-  const int position = chunk * kChunk + byte;
-  const int valid = min(max(args.width * Size<Element>::kBytes - position, 0), UNIT);
-  const std::int64_t pitch = args.left.row * Size<Element>::kBytes;
-  const char* from = left + position + row * pitch;
-  const unsigned to = stage + swizzled(row, byte / 16) + byte % 16;
+template <int N>
+__device__ void clear(float (&sums)[N][4]) {
 #pragma unroll
-  for (int i = 0; i < Tile::kRows; i += kStep) {  // steps of whole eights: the permutation of units stays
-    if (Tile::kRows % kStep == 0 || row + i < Tile::kRows) {
-      copy_async<UNIT>(to + i * kChunk, from, row + i < rows ? valid : 0);
-    }
-    from += kStep * pitch;
+  for (auto& fragment : sums) {
+#pragma unroll
+    for (float& x : fragment) x = 0.f;
   }
 }
 
-// The tile's rows of the left operand, of any alignment, on their way into shared memory: eight lanes a row.
+// The tile's rows of the left operand on their way into shared memory, chunk by chunk, zeros behind the last row and
+// column. Of rows that lie a constant distance apart, aligned to 4 bytes, every word is copied to its place. Of others
+// aligned units of 16 bytes are copied, eight lanes a row, and shifted to their place a chunk later.
 template <class Element, class Tile>
 struct LeftRows {
-  static constexpr int kPerThread = (Tile::kRows + 31) / 32;
+  using Shared = SharedMemory<Element, Tile>;
 
-  const char* data;
-  const RowOffsets* offsets;
-  int bytes;
-  ShiftedWord loaded[kPerThread];
+  const RowArguments& args;
+  const Shared& shared;
+  int rows, bytes;
 
-  __device__ LeftRows(const RowArguments& args, const SharedMemory<Tile>& shared)
-      : data(static_cast<const char*>(args.left.data)),
-        offsets(shared.offsets),
-        bytes(args.width * Size<Element>::kBytes) {}
+  __device__ LeftRows(const RowArguments& args, const Shared& shared, int rows)
+      : args(args), shared(shared), rows(rows), bytes(args.width * Size<Element>::kBytes) {}
 
-  __device__ static int row(int i) { return threadIdx.x / 8 + 32 * i; }
-  __device__ static bool has(int i) { return row(i) < Tile::kRows; }
-  __device__ int valid(int chunk) const { return bytes - chunk * kChunk - 16 * static_cast<int>(threadIdx.x % 8); }
-  __device__ const char* begin(int i) const {
-    return data + offsets[has(i) ? row(i) : 0].left * Size<Element>::kBytes;
+  __device__ unsigned stage(unsigned chunk) const { return shared.base + chunk % Shared::kStages * Shared::kStage; }
+
+  // Begins to copy a chunk, a group of asynchronous copies. Chunks behind the last are nothing.
+  __device__ void copy(int chunk) const {
+    if (chunk * kChunk < bytes) {
+      if (args.left_unit == 0) {
+        copy_words(chunk);
+      } else {
+        copy_rows(chunk);
+      }
+    }
+    commit_copies();
   }
 
-  __device__ void load(int chunk) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      loaded[i] = load_shifted(begin(i) + chunk * kChunk + 16 * (threadIdx.x % 8), has(i) ? valid(chunk) : -16);
+  // Puts a chunk in place, the last but one that is copied, for all threads behind the next barrier.
+  __device__ void complete(int chunk) const {
+    if (args.left_unit == 0 && chunk * kChunk < bytes) shift_words(chunk);
+  }
+
+ private:
+  // Of a word of a row's chunk. Word 4 t + i of 64 bytes is word t of unit i: lane t of four gets from ldmatrix the
+  // words that it has of a key.
+  __device__ static unsigned place(unsigned row, unsigned word) {
+    return word / 16 * Shared::kPlane + row * Shared::kLeftPitch + word % 4 * 16 + word % 16 / 4 * 4;
+  }
+
+  __device__ void copy_rows(int chunk) const {
+    const unsigned thread = opaque(threadIdx.x), row = thread / 32, word = thread % 32;
+    const int position = chunk * kChunk + 4 * word;
+    const int valid = min(max(bytes - position, 0), 4);
+    const std::int64_t pitch = args.left.row * Size<Element>::kBytes;
+    const char* from = static_cast<const char*>(args.left.data) + shared.offsets[0].left * Size<Element>::kBytes +
+                       position + row * pitch;
+    const unsigned to = stage(chunk) + place(row, word);
+    const auto copy = [&](auto is_whole) {
+      unrolled<Tile::kRows / kWarps>([&](auto i) {
+        const bool exists = is_whole || static_cast<int>(row) + kWarps * i < rows;
+        copy_async<4, Shared::kLeftPitch * kWarps * i>(to, from, exists ? valid : 0);
+        from += kWarps * pitch;
+      });
+    };
+    rows == Tile::kRows ? copy(Number<true>()) : copy(Number<false>());
+  }
+
+  __device__ const char* begin(int row) const {
+    return static_cast<const char*>(args.left.data) + shared.offsets[row].left * Size<Element>::kBytes;
+  }
+  __device__ unsigned word(unsigned chunk, unsigned row, unsigned unit) const {
+    return shared.base + Shared::kStages * Shared::kStage + chunk % 2 * Shared::kWords + 16 * (9 * row + unit);
+  }
+
+  // A word is copied if it has a byte of the row.
+  __device__ void copy_words(int chunk) const {
+    const unsigned thread = opaque(threadIdx.x), unit = thread % 8;
+#pragma unroll 1
+    for (unsigned row = thread / 8; row < Tile::kRows; row += kThreads / 8) {
+      const char* data = begin(row);
+      const int shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(data) & 15);
+      const int position = chunk * kChunk + 16 * static_cast<int>(unit) - shift;
+      copy_async<16>(word(chunk, row, unit), data + position, position < bytes ? 16 : 0);
+      if (unit == 7) copy_async<16>(word(chunk, row, 8), data + position + 16, position + 16 < bytes ? 16 : 0);
     }
   }
 
-  __device__ void store(int chunk, unsigned stage) const {
-    const bool last = (chunk + 1) * kChunk > bytes;
+  __device__ void shift_words(int chunk) const {
+    const unsigned thread = opaque(threadIdx.x), unit = thread % 8;
+    const int valid = bytes - chunk * kChunk - 16 * static_cast<int>(unit);
+    wait_for_copies<1>();
+    __syncwarp();  // a row's lanes read each other's words
+#pragma unroll 1
+    for (unsigned row = thread / 8; row < Tile::kRows; row += kThreads / 8) {
+      const auto shift = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(begin(row)) & 15);
+      uint4 x = shifted(load_shared(word(chunk, row, unit)), load_shared(word(chunk, row, unit + 1)), shift);
+      if (valid < 16) x = cut(x, valid);
+      const unsigned words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const auto shift = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(begin(i)) & 15);
-      uint4 x = join(loaded[i], shift);
-      if (last) x = cut(x, valid(chunk));
-      if (has(i)) store_shared(stage + swizzled(row(i), threadIdx.x % 8), x);
+      for (int i = 0; i < 4; ++i) store_shared(stage(chunk) + place(row, 4 * unit + i), words[i]);
     }
+    __syncwarp();
   }
 };
 
-// One chunk of the keys' rows, aligned, behind the left rows of the stage; zeros behind the last key and column.
+// The warp's keys. A step is 64 bytes of their rows, of which lane 4 g + t has bytes 16 t to 16 t + 15 of key g of each
+// block: words 0 and 1 are the fragment of one tensor-core instruction, 2 and 3 that of a second. Which columns meet
+// in an instruction does not matter, as long as they are the same on the left.
 template <class Element, class Tile>
-__device__ void copy_keys(const char* keys, const RowArguments& args, int chunk, unsigned stage) {
-  const int unit = threadIdx.x % 8;
-  const int key = threadIdx.x / 8;
-  const int position = chunk * kChunk + 16 * unit;
-  const int valid = min(max(args.width * Size<Element>::kBytes - position, 0), 16);
-  const std::int64_t pitch = args.first.row * Size<Element>::kBytes;
-  const char* from = keys + position + key * pitch;
-  const unsigned to = stage + swizzled(Tile::kRows + key, unit);
-#pragma unroll
-  for (int i = 0; i < (Tile::kKeys + 31) / 32; ++i) {
-    if (32 * i + 32 <= args.keys) {
-      copy_async<16>(to + 32 * i * kChunk, from, valid);
-    } else if (32 * i + key < round_up(args.keys, 8)) {
-      copy_async<16>(to + 32 * i * kChunk, from, 32 * i + key < args.keys ? valid : 0);
-    }
-    from += 32 * pitch;
-  }
-}
+struct KeyRows {
+  const char* first;  // of the first block
+  const char* last;   // of the last
+  std::int64_t step;  // from one block to the next
+  int bytes;
 
-// Adds STEPS steps of depth, one or two, to the fragments of the first ``blocks`` column blocks. load_left(x, step, i)
-// gets the left fragment of a step and row tile, load_right(x, j) the right fragments of both steps of a block.
-template <class Element, int STEPS, int ROW_TILES, int BLOCKS, class LoadLeft, class LoadRight>
-__device__ void multiply(float (&sums)[ROW_TILES][BLOCKS][4], int blocks, LoadLeft load_left, LoadRight load_right) {
-  typename Element::template Fragment<4> left[STEPS][ROW_TILES];
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i) {
-      unsigned x[4];
-      load_left(x, step, i);
-      left[step][i] = Element::template prepare<4>(x);
-    }
+  __device__ KeyRows(const char* keys, const RowArguments& args, int blocks)
+      : bytes(args.width * Size<Element>::kBytes) {
+    const std::int64_t pitch = args.first.row * Size<Element>::kBytes;
+    const int key = 8 * warp() + Tile::lane() / 4;
+    first = keys + key * pitch + 16 * (Tile::lane() % 4);
+    last = first + (min(key + 8 * kWarps * (blocks - 1), args.keys - 1) - key) * pitch;  // the map masks what is behind
+    step = 8 * kWarps * pitch;
   }
-  const auto multiply_block = [&](int j) {
-    unsigned x[4];
-    load_right(x, j);
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      const auto right = Element::template prepare<2>(x + 2 * step);
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; ++i) Element::multiply(sums[i][j], left[step][i], right);
-    }
-  };
-  if (blocks >= BLOCKS - 1) {  // the sizes that the tile was made for: one question instead of one a block
-#pragma unroll
-    for (int j = 0; j < BLOCKS - 1; ++j) multiply_block(j);
-    if (blocks == BLOCKS) multiply_block(BLOCKS - 1);
-  } else {
-#pragma unroll
-    for (int j = 0; j < BLOCKS - 1; ++j) {
-      if (j >= blocks) break;
-      multiply_block(j);
-    }
-  }
-}
 
-template <int ROW_TILES, int BLOCKS>
-__device__ void clear(float (&sums)[ROW_TILES][BLOCKS][4]) {
+  __device__ bool is_whole(int position) const { return position + 64 <= bytes; }
+  __device__ int valid(int position) const { return bytes - position - 16 * (Tile::lane() % 4); }
+
+  // The step at a position in the rows, in bytes. What is loaded has a byte of the row.
+  template <int BLOCKS>
+  __device__ void load(uint4 (&words)[Tile::kKeyBlocks], int position) const {
+    const char* from = first + position;
 #pragma unroll
-  for (int i = 0; i < ROW_TILES; ++i) {
+    for (int j = 0; j < BLOCKS; ++j, from += step) {
+      const char* row = j + 1 < BLOCKS ? from : last + position;
+      words[j] = is_whole(position) ? load_global<0>(row) : load_global_if(valid(position) > 0, row);
+    }
+  }
+
+  // Zeros behind the last column.
+  template <int BLOCKS>
+  __device__ void cut_last(uint4 (&words)[Tile::kKeyBlocks], int position) const {
+    if (is_whole(position)) return;
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) words[j] = cut(words[j], valid(position));
+  }
+};
+
+// One step of the first BLOCKS column blocks. ``address``: what ldmatrix takes, row lane % 8 of matrix lane / 8 of 16
+// rows by two units.
+template <class Element, class Tile, int BLOCKS>
+__device__ void multiply_step(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4],
+                              const uint4 (&words)[Tile::kKeyBlocks], unsigned address) {
+  using Right = typename Element::template Fragment<2>;
+  // Fragments of one instruction, or of both where they are the words themselves.
+  constexpr int kHalves = sizeof(Right) == 8 ? 2 : 1;
+#pragma unroll
+  for (int first = 0; first < 2; first += kHalves) {
+    Right right[kHalves][Tile::kKeyBlocks];
+    if (kHalves == 1) __syncwarp();  // nothing is moved across: fragments of all steps would not fit the registers
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
+      const unsigned x[4] = {words[j].x, words[j].y, words[j].z, words[j].w};
 #pragma unroll
-      for (float& x : sums[i][j]) x = 0.f;
+      for (int half = 0; half < kHalves; ++half) right[half][j] = Element::template prepare<2>(x + 2 * (first + half));
+    }
+    unrolled<Tile::kRowTiles>([&](auto i) {
+      unrolled<kHalves>([&](auto half) {
+        unsigned x[4];
+        load_matrices<16 * SharedMemory<Element, Tile>::kLeftPitch * i + 32 * half>(x, address + 32 * first);
+        const auto left = Element::template prepare<4>(x);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) Element::multiply(scores[i][j], left, right[half][j]);
+      });
+      if (kHalves == 1) __syncwarp();
+    });
+  }
+}
+
+// Of all threads of the block: a __syncthreads() in which warps may meet from different places in the code.
+__device__ inline void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
+
+// The scores of a warp that has BLOCKS column blocks. The first chunks of the left rows are on their way.
+template <class Element, class Tile, int BLOCKS>
+__device__ void multiply_blocks(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
+                                const LeftRows<Element, Tile>& left, const char* keys) {
+  const KeyRows<Element, Tile> right(keys, args, BLOCKS);
+  // A step ahead, unless fragments take more registers than words.
+  constexpr bool kAhead = sizeof(typename Element::template Fragment<2>) == 8;
+  uint4 words[2][Tile::kKeyBlocks];
+  if (kAhead) right.template load<BLOCKS>(words[0], 0);
+#pragma unroll 1
+  for (int chunk = 0; chunk * kChunk < right.bytes; ++chunk) {
+    wait_for_copies<2>();
+    meet();
+    left.complete(chunk + 1);
+    left.copy(chunk + 3);
+    const unsigned lane = opaque(threadIdx.x) % 32;
+    const unsigned address = left.stage(chunk) + lane % 16 * left.shared.kLeftPitch + lane / 16 * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = chunk * kChunk + 64 * half;
+      if (position >= right.bytes) break;
+      right.template load<BLOCKS>(words[kAhead ? 1 - half : half], kAhead ? position + 64 : position);
+      right.template cut_last<BLOCKS>(words[half], position);
+      if constexpr (BLOCKS > 0) {
+        multiply_step<Element, Tile, BLOCKS>(scores, words[half], address + half * left.shared.kPlane);
+      }
     }
   }
 }
@@ -143,155 +225,159 @@ __device__ void clear(float (&sums)[ROW_TILES][BLOCKS][4]) {
 // scores[i][j] = the fragment of row tile i and column block j, zero where the block lies behind the keys.
 template <class Element, class Tile>
 __device__ void multiply_scores(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                                const SharedMemory<Tile>& shared, int rows, const char* keys) {
-  const int bytes = args.width * Size<Element>::kBytes;
-  const int chunks = (bytes + kChunk - 1) / kChunk;
-  const int blocks = uniform(Tile::share((args.keys + 7) / 8));
-  const unsigned stage_bytes = (Tile::kRows + round_up(args.keys, 8)) * kChunk;
-  const int lane = Tile::lane();
-  // ldmatrix takes the address of row lane % 8 of matrix lane / 8: of the left rows, 16 rows by 2 units; of the keys,
-  // one block of 8 by 4 units. Units are permuted by the row, so steps along it are exclusive or.
-  const unsigned left_address =
-      shared.base + (Tile::tile_row(0) + lane % 16) * kChunk + (((lane / 16) ^ (lane % 8)) << 4);
-  const unsigned key_address =
-      shared.base + (Tile::kRows + 8 * Tile::warp_column() + lane % 8) * kChunk + (((lane / 8) ^ (lane % 8)) << 4);
-
-  LeftRows<Element, Tile> left(args, shared);
-  const char* first_left =
-      static_cast<const char*>(args.left.data) + shared.offsets[0].left * Size<Element>::kBytes;
-  const auto load_stage = [&](int chunk, unsigned stage) {
-    if (args.left_unit == 16) {
-      copy_left<16, Element, Tile>(first_left, args, rows, chunk, stage);
-    } else if (args.left_unit == 4) {
-      copy_left<4, Element, Tile>(first_left, args, rows, chunk, stage);
-    } else {
-      left.load(chunk);
-    }
-    copy_keys<Element, Tile>(keys, args, chunk, stage);
-    commit_copies();
-  };
-  load_stage(0, shared.base);
-  if (args.left_unit == 0) left.store(0, shared.base);
-  clear(scores);
+                                const SharedMemory<Element, Tile>& shared, int rows, const char* keys) {
+  const LeftRows<Element, Tile> left(args, shared, rows);
 #pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const unsigned stage = chunk % 2 * stage_bytes;
-    const unsigned next_stage = stage_bytes - stage;
-    wait_for_copies();
-    __syncthreads();
-    if (chunk + 1 < chunks) load_stage(chunk + 1, shared.base + next_stage);
-#pragma unroll 1
-    for (int at = 0; at < min(kChunk, bytes - chunk * kChunk); at += 64) {
-      const unsigned left_half = (stage + left_address) ^ at, key_half = (stage + key_address) ^ at;
-      const auto load_left = [&](unsigned(&x)[4], int step, int i) {
-        load_matrices(x, (left_half ^ (32 * step)) + 16 * i * kChunk);
-      };
-      const auto load_right = [&](unsigned(&x)[4], int j) {
-        load_matrices(x, key_half + 8 * j * Tile::kWarpColumns * kChunk);
-      };
-      if (bytes - chunk * kChunk - at > 32) {
-        multiply<Element, 2>(scores, blocks, load_left, load_right);
-      } else {
-        multiply<Element, 1>(scores, blocks, load_left, load_right);
-      }
-    }
-    if (chunk + 1 < chunks && args.left_unit == 0) left.store(chunk + 1, shared.base + next_stage);
+  for (int chunk = 0; chunk < 3; ++chunk) {
+    left.copy(chunk);
+    if (chunk == 1) left.complete(0);
   }
+#pragma unroll
+  for (auto& row_tile : scores) clear(row_tile);
+  with_count<Tile::kKeyBlocks>(uniform(Tile::share((args.keys + 7) / 8)), [&](auto n) {
+    multiply_blocks<Element, Tile, n>(scores, args, left, keys);
+  });
   __syncthreads();
 }
 
-// The values' rows on their way into shared memory, for one pass over columns: a warp a row.
+// The warp's columns of the values. A step is the keys of one tensor-core instruction. A lane has one word of a unit of
+// each of its keys: with elements of two bytes those are two columns, and fragments of two blocks, of which one takes
+// the even columns and one the odd.
 template <class Element, class Tile>
 struct ValueRows {
-  static constexpr int kUnits = (Tile::kOut * Size<Element>::kBytes / 16 + 31) / 32;  // of a row, for each lane
-  static constexpr int kPerWarp = Size<Element>::kStageKeys / kWarps;
+  static constexpr int kKeys = Size<Element>::kBytes == 2 ? 4 : 2;  // of a step, for each lane
 
-  const char* from;
-  std::int64_t step;   // from one row of this warp to its next
-  int first_key, keys, pitch, units, valid[kUnits];
+  const char* from;    // the lane's first key of the next step
+  std::int64_t pitch;
+  int rest;            // keys of the next step and behind it
 
-  // position: of the pass in a row, in bytes. first_key: of the next stage.
-  __device__ ValueRows(const char* values, const RowArguments& args, int position, int first_key)
-      : from(values + (first_key + warp()) * args.second.row * Size<Element>::kBytes + position + 16 * Tile::lane()),
-        step(kWarps * args.second.row * Size<Element>::kBytes),
-        first_key(first_key),
-        keys(args.keys),
-        pitch(args.value_pitch),
-        units(args.pass_blocks * Size<Element>::kBlockUnits) {
+  // position: of the pass in a row, in bytes.
+  __device__ ValueRows(const char* values, const RowArguments& args, int position)
+      : from(values + key(0) * args.second.row * Size<Element>::kBytes + position + 32 * warp() +
+             4 * (Tile::lane() / 4)),
+        pitch(args.second.row * Size<Element>::kBytes),
+        rest(args.keys) {}
+
+  // The lane's keys of a step: as in a fragment of the map.
+  __device__ static constexpr int place(int i) { return kKeys == 4 ? i / 2 * 8 + i % 2 : 4 * i; }
+  __device__ static int key(int i) { return Tile::lane() % 4 * (kKeys / 2) + place(i); }
+
+  // The next step; where it is not WHOLE, zeros behind the last key.
+  template <int UNITS, bool WHOLE>
+  __device__ void load(unsigned (&words)[Tile::kUnits][kKeys]) {
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int rest = args.out_width * Size<Element>::kBytes - position - 16 * (Tile::lane() + 32 * i);
-      valid[i] = min(max(rest, 0), 16);
+    for (int i = 0; i < kKeys; ++i) {
+      const char* row = from + place(i) * pitch;
+      const bool exists = WHOLE || key(i) < rest;
+      unrolled<UNITS>([&](auto j) { words[j][i] = exists ? load_global_word<32 * kWarps * j>(row) : 0; });
     }
+    from += Size<Element>::kStep * pitch;
+    rest -= Size<Element>::kStep;
   }
 
-  // The next stage; zeros behind the last key and column.
-  __device__ void copy(unsigned stage) {
-    if (first_key + Size<Element>::kStageKeys <= keys) {
-      copy<false>(stage);
+  // The fragment of a block of a unit.
+  template <int BLOCK>
+  __device__ static typename Element::template Fragment<2> fragment(const unsigned (&words)[kKeys]) {
+    if constexpr (kKeys == 2) {
+      return Element::template prepare<2>(words);
     } else {
-      copy<true>(stage);
-    }
-    first_key += Size<Element>::kStageKeys;
-    commit_copies();
-  }
-
- private:
-  template <bool LAST>
-  __device__ void copy(unsigned stage) {
-    unsigned to = stage + warp() * pitch + 16 * Tile::lane();
-#pragma unroll
-    for (int row = 0; row < kPerWarp; ++row) {
-      const bool exists = !LAST || first_key + warp() + row * kWarps < keys;
-#pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        if (Tile::lane() + 32 * i < units) copy_async<16>(to + 512 * i, from + 512 * i, exists ? valid[i] : 0);
-      }
-      from += step;
-      to += kWarps * pitch;
+      constexpr int kHalves = BLOCK == 0 ? 0x5410 : 0x7632;
+      const unsigned x[2] = {permuted<kHalves>(words[0], words[1]), permuted<kHalves>(words[2], words[3])};
+      return Element::template prepare<2>(x);
     }
   }
 };
 
-// result[i][j] = the fragment of row tile i and column block j of a pass, whose first stage is on its way.
-template <class Element, class Tile>
-__device__ void multiply_values(float (&result)[Tile::kRowTiles][Tile::kOutBlocks][4], const RowArguments& args,
-                                const SharedMemory<Tile>& shared, const char* second, int position) {
-  ValueRows<Element, Tile> values(second, args, position, Size<Element>::kStageKeys);
-  const int steps = (args.keys + Size<Element>::kStep - 1) / Size<Element>::kStep;
-  const int blocks = uniform(Tile::share(args.pass_blocks));
-  const unsigned stage_bytes = Size<Element>::kStageKeys * args.value_pitch;
-  const int lane = Tile::lane();
-  const unsigned map_address = shared.base + (Tile::tile_row(0) + lane % 16) * args.map_pitch + 16 * (lane / 16);
-  const unsigned value_address =
-      shared.values + (Size<Element>::kBytes == 2 ? lane : lane % 4) * args.value_pitch +
-      Size<Element>::kBlockUnits * 16 * Tile::warp_column() + (Size<Element>::kBytes == 2 ? 0 : lane / 4 * 4);
-  clear(result);
-#pragma unroll 1
-  for (int step = 0; step < steps; step += 2) {
-    const unsigned stage = step / 2 % 2 * stage_bytes;
-    wait_for_copies();
-    __syncthreads();
-    if (step + 2 < steps) values.copy(shared.values + stage_bytes - stage);
-    const auto load_left = [&](unsigned(&x)[4], int second, int i) {
-      load_matrices(x, map_address + 32 * step + 16 * i * args.map_pitch + 32 * second);
-    };
-    const auto load_right = [&](unsigned(&x)[4], int j) {
-      const unsigned address = stage + value_address + Size<Element>::kBlockUnits * 16 * j * Tile::kWarpColumns;
-      if constexpr (Size<Element>::kBytes == 2) {
-        load_transposed_matrices(x, address);
-      } else {  // ldmatrix transposes 2-byte elements only
+// The values' fragments of a step: of UNITS units.
+template <class Element, class Tile, int UNITS>
+struct ValueFragments {
+  static constexpr int kBlocks = Size<Element>::kUnitBlocks;
+  typename Element::template Fragment<2> x[UNITS][kBlocks];
+
+  template <int KEYS>
+  __device__ explicit ValueFragments(const unsigned (&words)[Tile::kUnits][KEYS]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = load_word(address + 4 * i * args.value_pitch);
-      }
-    };
-    if (step + 1 < steps) {
-      multiply<Element, 2>(result, blocks, load_left, load_right);
-    } else {
-      multiply<Element, 1>(result, blocks, load_left, load_right);
+    for (int j = 0; j < UNITS; ++j) {
+      unrolled<kBlocks>([&](auto b) { x[j][b] = ValueRows<Element, Tile>::template fragment<b>(words[j]); });
     }
   }
-  __syncthreads();
+
+  // result += the map's columns from ``address`` on times these; HALF: of the first half of the keys.
+  template <bool HALF>
+  __device__ void multiply(Result<Element, Tile>& result, unsigned address) const {
+    unrolled<Tile::kRowTiles>([&](auto i) {
+      unsigned words[4];
+      load_matrices<16 * i * SharedMemory<Element, Tile>::kMapPitch>(words, address);
+      const auto left = Element::template prepare<4>(words);
+#pragma unroll
+      for (int j = 0; j < UNITS; ++j) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          if constexpr (HALF) {
+            Element::multiply_half(result[i][j][b], left, x[j][b]);
+          } else {
+            Element::multiply(result[i][j][b], left, x[j][b]);
+          }
+        }
+      }
+    });
+  }
+};
+
+// result = the map times the values' columns of a pass, of which the warp has UNITS units.
+template <class Element, class Tile, int UNITS>
+__device__ void multiply_units(Result<Element, Tile>& result, const RowArguments& args,
+                               const SharedMemory<Element, Tile>& shared, const char* values, int position) {
+  constexpr int kStep = Size<Element>::kStep;
+  constexpr int kAhead = Tile::kRowTiles > 4 ? 1 : 2;  // steps on their way: long ones hide a load by themselves
+  using Fragments = ValueFragments<Element, Tile, UNITS>;
+  ValueRows<Element, Tile> rows(values, args, position);
+  unsigned words[kAhead][Tile::kUnits][ValueRows<Element, Tile>::kKeys];
+#pragma unroll
+  for (auto& step : words) rows.template load<UNITS, false>(step);
+#pragma unroll
+  for (auto& row_tile : result) {
+#pragma unroll
+    for (auto& unit : row_tile) clear(unit);
+  }
+  // ldmatrix takes the address of row lane % 8 of matrix lane / 8: 16 rows by 2 units of 16 bytes.
+  unsigned address = shared.base + Tile::lane() % 16 * shared.kMapPitch + 16 * (Tile::lane() / 16);
+#pragma unroll 1
+  while (rows.rest >= kAhead * kStep) {
+#pragma unroll
+    for (auto& step : words) {
+      const Fragments right(step);
+      rows.template load<UNITS, true>(step);
+      right.template multiply<false>(result, address);
+      address += 32;
+    }
+  }
+#pragma unroll 1
+  for (int keys = rows.rest + kAhead * kStep; keys > 0;) {
+#pragma unroll
+    for (auto& step : words) {
+      if (keys <= 0) break;
+      const Fragments right(step);
+      if (rows.rest > 0) rows.template load<UNITS, false>(step);
+      if (Size<Element>::kBytes == 2 && keys <= kStep / 2) {
+        right.template multiply<Size<Element>::kBytes == 2>(result, address);
+      } else {
+        right.template multiply<false>(result, address);
+      }
+      keys -= kStep;
+      address += 32;
+    }
+  }
+}
+
+// result[i][j] = the fragments of row tile i and unit j of a pass over ``units`` units.
+template <class Element, class Tile>
+__device__ void multiply_values(Result<Element, Tile>& result, const RowArguments& args,
+                                const SharedMemory<Element, Tile>& shared, const char* values, int position,
+                                int units) {
+  with_count<Tile::kUnits>(uniform(Tile::share(units)), [&](auto n) {
+    if constexpr (n > 0) multiply_units<Element, Tile, n>(result, args, shared, values, position);
+  });
 }
 
 }  // namespace bda_fused

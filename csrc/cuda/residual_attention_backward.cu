@@ -9,9 +9,9 @@ namespace {
 
 template <class Element, class Tile>
 struct SoftmaxGradient {
-  __device__ static void prepare(const RowArguments&, const SharedMemory<Tile>&, const Position&) {}
+  __device__ static void prepare(const RowArguments&, const SharedMemory<Element, Tile>&, const Position&) {}
   __device__ static bool apply(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                               const SharedMemory<Tile>& shared, const Place& place) {
+                               const SharedMemory<Element, Tile>& shared, const Place& place) {
     return softmax_gradient<Element>(scores, args, shared, place);
   }
   __device__ static float factor(const RowArguments&) { return 1.f; }

@@ -9,11 +9,12 @@ namespace {
 
 template <class Element, class Tile>
 struct Softmax {
-  __device__ static void prepare(const RowArguments& args, const SharedMemory<Tile>& shared, const Position& first) {
+  __device__ static void prepare(const RowArguments& args, const SharedMemory<Element, Tile>& shared,
+                                 const Position& first) {
     load_key_bias(args, shared, first);
   }
   __device__ static bool apply(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                               const SharedMemory<Tile>& shared, const Place& place) {
+                               const SharedMemory<Element, Tile>& shared, const Place& place) {
     return softmax<Element>(scores, args, shared, place);
   }
   __device__ static float factor(const RowArguments& args) { return args.seed == nullptr ? 1.f : args.keep_scale; }

@@ -24,8 +24,8 @@ __device__ inline bool rows_share_bias(const RowArguments& args) {
 }
 
 // What is added to every row's scores, in units of log 2: -inf behind the last key.
-template <class Tile>
-__device__ void load_key_bias(const RowArguments& args, const SharedMemory<Tile>& shared, const Position& at) {
+template <class Element, class Tile>
+__device__ void load_key_bias(const RowArguments& args, const SharedMemory<Element, Tile>& shared, const Position& at) {
   const bool given = args.bias.data != nullptr && rows_share_bias(args);
   const float* bias = static_cast<const float*>(args.bias.data) + (given ? offset(args.bias, at) : 0);
   for (int key = threadIdx.x; key < Tile::kKeys; key += kThreads) {
@@ -49,7 +49,7 @@ struct Keep {
 // a group of keys, to where they are wanted. Returns whether the value product follows.
 template <class Element, class Tile>
 __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], const RowArguments& args,
-                        const SharedMemory<Tile>& shared, const Place& place) {
+                        const SharedMemory<Element, Tile>& shared, const Place& place) {
   constexpr int kRowTiles = Tile::kRowTiles, kKeyBlocks = Tile::kKeyBlocks;
   const float scale = args.scale * kLog2e;
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
             }
           }
         }
-        asm volatile("" ::: "memory");  // the loads of all rows at once would not fit the registers
+        forget_loads();
       }
     }
   }
@@ -146,8 +146,8 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
         if (sum[i][half] == 0.f) shift[i][half] = -INFINITY;
       }
     }
-    store_statistics<Tile>(shift, args, shared, place, 0);
-    store_statistics<Tile>(sum, args, shared, place, args.groups);
+    store_statistics<Tile>(shift, args, shared.offsets, place, 0);
+    store_statistics<Tile>(sum, args, shared.offsets, place, args.groups);
     return false;
   }
 #pragma unroll
@@ -192,7 +192,7 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
       }
     }
     reduce_rows<Tile>(sum, shared.scratch[0], Sum());
-    if (Tile::warp_column() == 0 && Tile::lane() % 4 == 0) {
+    if (warp() == 0 && Tile::lane() % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll

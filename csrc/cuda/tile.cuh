@@ -14,47 +14,56 @@ __host__ __device__ constexpr int round_up(int x, int multiple) { return (x + mu
 
 __device__ inline int warp() { return threadIdx.x / 32; }
 
+// The same number, unknown to the compiler: what follows from it is computed where it is used, not kept in registers
+// throughout a loop.
+__device__ inline unsigned opaque(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// What was loaded is loaded again where it is needed, not kept in registers that others need more.
+__device__ inline void forget_loads() { asm volatile("" ::: "memory"); }
+
 // A number that is the same for all lanes of a warp, in a form from which the compiler sees it: branches on it cost
 // nothing.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
-// WARP_ROWS x WARP_COLUMNS warps. A warp has ROW_TILES tiles of 16 neighbouring rows, KEY_BLOCKS blocks of 8 columns of
-// the scores and OUT_BLOCKS of the result. Column blocks are dealt to the warps in turn, so that the tail is spread.
-template <int ROW_TILES, int WARP_ROWS, int WARP_COLUMNS, int KEY_BLOCKS, int OUT_BLOCKS>
+// A warp has all rows of the tile, in ROW_TILES tiles of 16, and its share of the columns: up to KEY_BLOCKS blocks of 8
+// keys, and of the result up to UNITS units of 32 bytes of a row. Both are dealt to the warps in turn, so that the tail
+// is spread. No two warps share a key or a value, so these go from global memory to registers; what all warps read, the
+// left rows and the map, lies in shared memory.
+template <int ROW_TILES, int KEY_BLOCKS, int UNITS>
 struct Tile {
-  static_assert(WARP_ROWS * WARP_COLUMNS == kWarps, "a block has eight warps");
-  static constexpr int kRowTiles = ROW_TILES, kWarpRows = WARP_ROWS, kWarpColumns = WARP_COLUMNS;
-  static constexpr int kKeyBlocks = KEY_BLOCKS, kOutBlocks = OUT_BLOCKS;
-  static constexpr int kRows = 16 * ROW_TILES * WARP_ROWS;
-  static constexpr int kKeys = 8 * KEY_BLOCKS * WARP_COLUMNS;
-  static constexpr int kOut = 8 * OUT_BLOCKS * WARP_COLUMNS;
+  static constexpr int kRowTiles = ROW_TILES, kKeyBlocks = KEY_BLOCKS, kUnits = UNITS;
+  static constexpr int kRows = 16 * ROW_TILES;
+  static constexpr int kKeys = 8 * KEY_BLOCKS * kWarps;
 
   __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static int warp_row() { return warp() / WARP_COLUMNS; }
-  __device__ static int warp_column() { return warp() % WARP_COLUMNS; }
-
-  // The first row of a warp's tile.
-  __device__ static int tile_row(int row_tile) { return 16 * (warp_row() * ROW_TILES + row_tile); }
   // The row of this lane's entries 0 and 1 (half 0) or 2 and 3 (half 1) of a fragment.
-  __device__ static int row(int row_tile, int half) { return tile_row(row_tile) + 8 * half + lane() / 4; }
-  // How many of ``blocks`` column blocks this warp has.
-  __device__ static int share(int blocks) { return (blocks + WARP_COLUMNS - 1 - warp_column()) / WARP_COLUMNS; }
-  __device__ static int block(int index) { return index * WARP_COLUMNS + warp_column(); }
-  // The column of this lane's even entries of a fragment.
-  __device__ static int column(int index) { return 8 * block(index) + 2 * (lane() % 4); }
+  __device__ static int row(int row_tile, int half) { return 16 * row_tile + 8 * half + lane() / 4; }
+  // How many of ``all`` blocks or units this warp has, and which.
+  __device__ static int share(int all) {
+    const int warp = opaque(threadIdx.x) / 32;
+    return (all + kWarps - 1 - warp) / kWarps;
+  }
+  __device__ static int dealt(int index) { return index * kWarps + warp(); }
+  // The key of this lane's even entries of a fragment.
+  __device__ static int column(int index) { return 8 * dealt(index) + 2 * (lane() % 4); }
 };
-
-// Rows of 128 bytes, whose 16-byte units are permuted so that eight rows of one unit meet eight different banks.
-__device__ inline unsigned swizzled(int row, int unit) { return row * kChunk + ((unit ^ (row % 8)) << 4); }
 
 // What depends on the element's size.
 template <class Element>
 struct Size {
   static constexpr int kBytes = sizeof(typename Element::Storage);
   static constexpr int kStep = 32 / kBytes;        // keys of one tensor-core step of the value product
-  static constexpr int kStageKeys = 2 * kStep;     // keys of one stage of the value product
-  static constexpr int kBlockUnits = kBytes / 2;   // 16-byte units of a block of 8 columns
+  static constexpr int kUnitColumns = 32 / kBytes;
+  static constexpr int kUnitBlocks = 4 / kBytes;   // blocks of 8 columns of a unit
 };
+
+// The fragments of a warp's results: entry 2 half + k of block b of a unit is, of its row, column kUnitBlocks k + b of
+// the lane's 2 kUnitBlocks neighbouring ones.
+template <class Element, class Tile>
+using Result = float[Tile::kRowTiles][Tile::kUnits][Size<Element>::kUnitBlocks][4];
 
 // Where a row of a tile stands in the batch.
 struct Position {
@@ -76,32 +85,40 @@ __device__ inline bool is_owner(const Rows& rows, const Position& at) {
   return (at.batch == 0 || rows.batch != 0) && (at.head == 0 || rows.head != 0);
 }
 
-// Shared memory of a block. The first part serves three purposes in turn: two stages of the score product; the map and
-// two stages of the value product; the map and a slice of the result. Behind it lies what stays.
-template <class Tile>
+// Shared memory of a block, of a fixed size. The first part serves two purposes in turn: stages of the left rows; the
+// map and slices of the result. Behind it lies what stays.
+template <class Element, class Tile>
 struct SharedMemory {
+  // A chunk of the left rows is two planes of 64 bytes a row, half a bank cycle apart. Rows lie five units of 16 bytes
+  // apart, so that eight of them meet all banks.
+  static constexpr int kLeftPitch = 80;
+  static constexpr int kPlane = kLeftPitch * Tile::kRows + 64;
+  static constexpr int kStage = 2 * kPlane, kStages = 4;
+  static constexpr int kWords = 9 * 16 * Tile::kRows;  // a chunk as it lies in memory, of which there are two
+  static constexpr int kLeft = kStages * kStage + 2 * kWords;
+  // Rows of the map and of a slice: neighbours 16 bytes, or 16 floats, apart in the banks.
+  static constexpr int kMapPitch = Tile::kKeys * Size<Element>::kBytes + 16;
+  static constexpr int kSlicePitch = Tile::kUnits * kWarps * Size<Element>::kUnitColumns + 16;
+  static constexpr int kSlice = 16 * kSlicePitch;  // floats; there are two
+  static constexpr int kMap = Tile::kRows * kMapPitch;
+  static constexpr int kOverlaid = kLeft > kMap + 8 * kSlice ? kLeft : kMap + 8 * kSlice;
+
   unsigned base;            // stages, map
-  unsigned values;          // stages of the value product, slice of the result
-  float* slice;
+  char* map;                // the same
+  float* slices;
   float* key_bias;          // forward, (kKeys): 0, or the bias that all rows share, or -inf behind the last key
-  float* column_sums;       // backward, (kWarpRows, kKeys): in the same place
-  float* scratch[2];        // (kRows, kWarpColumns), for sums over a row
+  float* scratch[2];        // (kRows, kWarps), for sums over a row
   RowOffsets* offsets;      // (kRows)
   Position* positions;      // (kRows)
-  char* map;
 
-  __device__ SharedMemory(char* memory, const RowArguments& args) {
-    map = memory;
-    slice = reinterpret_cast<float*>(memory + Tile::kRows * args.map_pitch);
-    key_bias = reinterpret_cast<float*>(memory + args.overlaid);
-    column_sums = key_bias;
-    scratch[0] = key_bias + Tile::kWarpRows * Tile::kKeys;
-    scratch[1] = scratch[0] + Tile::kRows * Tile::kWarpColumns;
-    offsets = reinterpret_cast<RowOffsets*>(scratch[1] + Tile::kRows * Tile::kWarpColumns);
-    positions = reinterpret_cast<Position*>(offsets + Tile::kRows);
-    base = static_cast<unsigned>(__cvta_generic_to_shared(memory));
-    values = base + Tile::kRows * args.map_pitch;
-  }
+  __device__ explicit SharedMemory(char* memory)
+      : base(static_cast<unsigned>(__cvta_generic_to_shared(memory))),
+        map(memory),
+        slices(reinterpret_cast<float*>(memory + kMap)),
+        key_bias(reinterpret_cast<float*>(memory + kOverlaid)),
+        scratch{key_bias + Tile::kKeys, key_bias + Tile::kKeys + Tile::kRows * kWarps},
+        offsets(reinterpret_cast<RowOffsets*>(scratch[1] + Tile::kRows * kWarps)),
+        positions(reinterpret_cast<Position*>(offsets + Tile::kRows)) {}
 };
 
 }  // namespace bda_fused

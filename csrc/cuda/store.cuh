@@ -1,0 +1,209 @@
+// From fragments of the result to its rows in global memory: out = added + factor * result.
+
+#pragma once
+
+#include "copy.cuh"
+#include "loops.cuh"
+#include "pairs.cuh"
+#include "tile.cuh"
+
+namespace bda_fused {
+
+// How many elements ``pointer`` lies behind a 16-byte boundary.
+template <class T>
+__device__ int phase(const T* pointer) {
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(T));
+}
+
+// 16 bytes as float32, and back.
+template <class T>
+struct Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  float x[kSize];
+
+  __device__ static Vector widened(uint4 raw) {
+    typename Pair<T>::Type pairs[kSize / 2];
+    memcpy(pairs, &raw, 16);
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      const float2 pair = widen(pairs[i]);
+      vector.x[2 * i] = pair.x;
+      vector.x[2 * i + 1] = pair.y;
+    }
+    return vector;
+  }
+  __device__ uint4 rounded() const {
+    typename Pair<T>::Type pairs[kSize / 2];
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) pairs[i] = Pair<T>::round(x[2 * i], x[2 * i + 1]);
+    uint4 raw;
+    memcpy(&raw, pairs, 16);
+    return raw;
+  }
+};
+
+// added + factor * the vector at ``slice``, rounded.
+template <class T>
+__device__ uint4 sum(uint4 added, const float* slice, float factor) {
+  Vector<T> y = Vector<T>::widened(added);
+#pragma unroll
+  for (int k = 0; k < Vector<T>::kSize; k += 4) {
+    const float4 x = *reinterpret_cast<const float4*>(slice + k);
+    y.x[k] = fmaf(x.x, factor, y.x[k]);
+    y.x[k + 1] = fmaf(x.y, factor, y.x[k + 1]);
+    y.x[k + 2] = fmaf(x.z, factor, y.x[k + 2]);
+    y.x[k + 3] = fmaf(x.w, factor, y.x[k + 3]);
+  }
+  return y.rounded();
+}
+
+// The same for the elements [i, i + kSize) of a run that there are, of any kind.
+template <class T>
+__device__ void store_edge(T* out, const void* added, Kind kind, const float* slice, int size, float factor, int i) {
+#pragma unroll 1
+  for (int k = max(i, 0); k < min(i + Vector<T>::kSize, size); ++k) {
+    out[k] = Pair<T>::round(fmaf(slice[k], factor, load_element(added, kind, k)));
+  }
+}
+
+// out[i] = added[i] + factor * slice[i] for i < size, by ``threads`` threads, whole warps, of which this is ``index``.
+// slice lies as far behind a multiple of the vector's size as out does. added: of any kind and alignment.
+template <class T>
+__device__ void store_run(T* out, const void* added, Kind kind, const float* slice, int size, float factor, int index,
+                          int threads) {
+  constexpr int kSize = Vector<T>::kSize;
+  const T* typed = static_cast<const T*>(added);
+  const int before = phase(out), step = threads * kSize;
+  const unsigned whole = max(size - kSize + 1, 0);  // vectors that begin at [0, whole) are
+  const unsigned shift = reinterpret_cast<std::uintptr_t>(typed - before) & 15;
+  const int first = index * kSize - before;
+  const auto store_aligned = [&](auto has_added) {
+    T* to = out + first;
+    const T* with = typed + first;
+    const float* from = slice + first;
+    for (int i = first; i < size; i += step, to += step, with += step, from += step) {
+      if (static_cast<unsigned>(i) < whole) {
+        const uint4 y = has_added ? *reinterpret_cast<const uint4*>(with) : uint4();
+        store_global(to, sum<T>(y, from, factor));
+      } else {
+        store_edge(out, added, kind, slice, size, factor, i);
+      }
+    }
+  };
+  if (kind == kNone) {
+    store_aligned(Number<false>());
+  } else if (kind == Pair<T>::kKind && shift == 0) {
+    store_aligned(Number<true>());
+  } else {
+    for (int i = first; i - index % 32 * kSize < size; i += step) {  // all lanes of a warp take part in joining
+      uint4 y;
+      if (kind == Pair<T>::kKind) {
+        const int valid = i < 0 ? -16 : (size - i) * static_cast<int>(sizeof(T));
+        y = join(load_shifted(reinterpret_cast<const char*>(typed + i), valid), shift);
+      }
+      if (kind == Pair<T>::kKind && static_cast<unsigned>(i) < whole) {
+        store_global(out + i, sum<T>(y, slice + i, factor));
+      } else {
+        store_edge(out, added, kind, slice, size, factor, i);
+      }
+    }
+  }
+}
+
+// A lane's neighbouring columns of a row to a slice, in the widest stores that ``step``, of which the address is a
+// multiple, allows.
+template <int N>
+__device__ void store_slice(float* to, const float (&x)[N], int step) {
+  if (N == 4 && step % 4 == 0) {
+    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[N - 2], x[N - 1]};
+  } else if (step % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) *reinterpret_cast<float2*>(to + i) = {x[i], x[i + 1]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = x[i];
+  }
+}
+
+// The fragments of a pass over ``units`` units from first_column on, 16 rows at a time through shared memory. Rows that
+// follow one another without a gap leave as one run, whatever their length.
+template <class T, class Element, class Tile>
+__device__ void store_rows(const Result<Element, Tile>& result, const RowArguments& args,
+                           const SharedMemory<Element, Tile>& shared, int rows, int first_column, int units,
+                           float factor) {
+  constexpr int kBlocks = Size<Element>::kUnitBlocks, kColumns = 2 * kBlocks;  // of a lane in a unit
+  const int size = min(units * Size<Element>::kUnitColumns, args.out_width - first_column);
+  const bool one_run = args.consecutive && size == args.out_width;
+  const int pitch = one_run ? size : shared.kSlicePitch;
+  const int added_bytes = args.added_kind == kFloat32 ? 4 : 2;
+  const auto out = [&](int row) {
+    return static_cast<T*>(args.out) + shared.offsets[row].flat * args.out_width + first_column;
+  };
+  const auto added = [&](int row) {
+    return static_cast<const char*>(args.added.data) + (shared.offsets[row].added + first_column) * added_bytes;
+  };
+  T* run = out(0);
+  const char* added_run = added(0);
+  const int run_before = phase(run);  // 16 rows further it is the same
+  const int thread = opaque(threadIdx.x);
+  const int row_in_half = thread % 32 / 4, column_in_unit = kColumns * (thread % 4);
+#pragma unroll 1
+  for (int row_tile = 0; 16 * row_tile < rows; ++row_tile) {
+    const int first_row = 16 * row_tile;
+    float* slice = shared.slices + row_tile % 2 * shared.kSlice;  // while others still read the other one
+    unrolled<Tile::kRowTiles>([&](auto i) {
+      if (i != row_tile) return;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 8 * half + row_in_half;
+        const int before = one_run ? run_before : phase(out(first_row + row));
+        float* to = slice + row * pitch + before + column_in_unit;
+#pragma unroll
+        for (int j = 0; j < Tile::kUnits; ++j) {
+          const int column = Size<Element>::kUnitColumns * (thread / 32 + kWarps * j);
+          float x[kColumns];
+#pragma unroll
+          for (int k = 0; k < kColumns; ++k) x[k] = result[i][j][k % kBlocks][2 * half + k / kBlocks];
+          if (column + Size<Element>::kUnitColumns <= size) {
+            store_slice(to + column, x, pitch | before);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kColumns; ++k) {
+              if (column + column_in_unit + k < size) to[column + k] = x[k];
+            }
+          }
+        }
+      }
+    });
+    __syncthreads();
+    const int count = min(16, rows - first_row);
+    if (one_run) {
+      store_run(run, added_run, args.added_kind, slice + run_before, count * size, factor, thread, kThreads);
+      run += 16 * size;
+      added_run += 16 * size * added_bytes;
+    } else {
+      for (int row = thread / 32; row < count; row += kWarps) {
+        T* to = out(first_row + row);
+        store_run(to, added(first_row + row), args.added_kind, slice + row * pitch + phase(to), size, factor,
+                  thread % 32, 32);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// The same for results of either kind.
+template <class Element, class Tile>
+__device__ void store_pass(const Result<Element, Tile>& result, const RowArguments& args,
+                           const SharedMemory<Element, Tile>& shared, int rows, int first_column, int units,
+                           float factor) {
+  using T = typename Element::Storage;
+  if (args.out_kind == Pair<T>::kKind) {
+    store_rows<T>(result, args, shared, rows, first_column, units, factor);
+  } else {
+    store_rows<float>(result, args, shared, rows, first_column, units, factor);
+  }
+}
+
+}  // namespace bda_fused
