@@ -359,9 +359,9 @@ def is_aligned(x: Tensor) -> bool:
     """Whether the kernel can load keys or values from these rows: 16 bytes at a time, up to a multiple of 32."""
     itemsize = x.element_size()
     steps = [x.data_ptr(), *(_stride(x, axis) * itemsize for axis in range(3))]
-    last_row = x.storage_offset() + sum((x.shape[axis] - 1) * _stride(x, axis) for axis in range(3))
+    last_row = int(x.storage_offset()) + sum((x.shape[axis] - 1) * _stride(x, axis) for axis in range(3))
     end = last_row * itemsize + _round_up(x.shape[3] * itemsize, 32)
-    return all(step % 16 == 0 for step in steps) and end <= x.untyped_storage().nbytes()
+    return all(step % 16 == 0 for step in steps) and end <= int(x.untyped_storage().nbytes())
 
 
 def pack(x: Tensor) -> tuple[Tensor, Launch]:
