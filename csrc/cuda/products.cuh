@@ -199,7 +199,7 @@ __device__ void multiply_blocks(float (&scores)[Tile::kRowTiles][Tile::kKeyBlock
   const KeyRows<Element, Tile> right(keys, args, BLOCKS);
   // A step ahead, unless fragments take more registers than words.
   constexpr bool kAhead = sizeof(typename Element::template Fragment<2>) == 8;
-  uint4 words[2][Tile::kKeyBlocks];
+  uint4 words[kAhead ? 2 : 1][Tile::kKeyBlocks];
   if (kAhead) right.template load<BLOCKS>(words[0], 0);
 #pragma unroll 1
   for (int chunk = 0; chunk * kChunk < right.bytes; ++chunk) {
@@ -209,14 +209,15 @@ __device__ void multiply_blocks(float (&scores)[Tile::kRowTiles][Tile::kKeyBlock
     left.copy(chunk + 3);
     const unsigned lane = opaque(threadIdx.x) % 32;
     const unsigned address = left.stage(chunk) + lane % 16 * left.shared.kLeftPitch + lane / 16 * 16;
-#pragma unroll
+#pragma unroll(kAhead ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
       const int position = chunk * kChunk + 64 * half;
       if (position >= right.bytes) break;
-      right.template load<BLOCKS>(words[kAhead ? 1 - half : half], kAhead ? position + 64 : position);
-      right.template cut_last<BLOCKS>(words[half], position);
+      right.template load<BLOCKS>(words[kAhead ? 1 - half : 0], kAhead ? position + 64 : position);
+      auto& now = words[kAhead ? half : 0];
+      right.template cut_last<BLOCKS>(now, position);
       if constexpr (BLOCKS > 0) {
-        multiply_step<Element, Tile, BLOCKS>(scores, words[half], address + half * left.shared.kPlane);
+        multiply_step<Element, Tile, BLOCKS>(scores, now, address + half * left.shared.kPlane);
       }
     }
   }

@@ -146,10 +146,10 @@ __device__ void store_rows(const Result<Element, Tile>& result, const RowArgumen
   T* run = out(0);
   const char* added_run = added(0);
   const int run_before = phase(run);  // 16 rows further it is the same
-  const int thread = opaque(threadIdx.x);
-  const int row_in_half = thread % 32 / 4, column_in_unit = kColumns * (thread % 4);
 #pragma unroll 1
   for (int row_tile = 0; 16 * row_tile < rows; ++row_tile) {
+    const int thread = opaque(threadIdx.x);  // what follows from it is computed anew: kept, it would take registers
+    const int row_in_half = thread % 32 / 4, column_in_unit = kColumns * (thread % 4);
     const int first_row = 16 * row_tile;
     float* slice = shared.slices + row_tile % 2 * shared.kSlice;  // while others still read the other one
     unrolled<Tile::kRowTiles>([&](auto i) {
