@@ -282,7 +282,7 @@ def plan_products(
     ):  # all images' rows are one axis
         depth, outer = images * depth, 1
         steps |= dict.fromkeys(("a_b", "b_b", "a2_b", "b2_b"), 0)
-    tile = tiles.product(a.dtype, width)
+    tile = tiles.product(target, a.dtype, width)
     count = groups * triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
     splits = _splits(count, outer * triton.cdiv(depth, tile.depth), least=8)
     parts = splits + (0 if extra is None else _row_splits(extra, out))

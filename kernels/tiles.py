@@ -4,8 +4,8 @@ What limits a tile is registers: of a row of 320 columns a thread holds 80 regis
 than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time; every group reads the
 rows of the query once more. Narrow blocks keep few operands of the products alive. Steps of 64 columns read rows that
 begin anywhere in a sector with fewer sectors than steps of 32. Drawing a dropout mask takes registers too, hence other
-steps. One table serves every GPU from sm_80 up, with other steps for sm_100 and sm_120, whose compilers keep more
-alive; entries that need more than the 99 KiB of shared memory that some GPUs have are only taken where there is more.
+steps and groups. One table serves every GPU from sm_80 up, with other entries where the compiler of a newer one keeps
+more alive; entries that need more than the 99 KiB of shared memory that some GPUs have are only taken where there is more.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dro
     if columns <= 128:
         return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
     if columns <= 224:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
-        return Tile(64, split(columns, 4 if dropped else 3, (32, 16)), 32, 32, 4)
+        groups = 3 if not dropped else 4 if target.capability < 120 else 7
+        return Tile(64, split(columns, groups, (32, 16)), 32, 32, 4)
+    if columns <= 320 and dropped and target.capability >= 90:
+        return Tile(128, split(columns, 6, (32, 16)), 16, 16, 8)
     if columns <= 320:
         step = 16 if dropped else 64 if target.capability < 100 and _has_short_rest(width) else 32
         return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
@@ -93,13 +96,19 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
     if columns <= 128:
         step = 32 if dropped else 64
         return Tile(128, split(columns, 1, (32, 16)), step, step, 8)
+    if columns <= 224 and dropped and target.capability == 90:
+        return Tile(128, split(columns, 4, (32, 16)), 32, 32, 8)
     if columns <= 224:
         return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
+    if columns <= 320 and dropped and target.capability >= 120:
+        return Tile(128, split(columns, 6, (32, 16)), 16, 16, 8)
     if columns <= 320 and dropped:
         return Tile(128, split(columns, 4, (32, 16)), 16, 32, 8)
     if columns <= 320:
         if target.capability >= 100:
-            return Tile(128, split(columns, 6, (32, 16)), 16, 32, 8)
+            groups = split(columns, 6, (32, 16))
+            narrow_first = target.capability >= 120 and not _has_short_rest(width)
+            return Tile(128, groups[::-1] if narrow_first else groups, 16, 32, 8)
         step = 64 if target.capability < 90 and _has_short_rest(width) else 32
         return Tile(128, split(columns, 4, (32, 16)), step, step, 8)
     return Tile(64, split(columns, 6, (64, 32, 16)), 16, 16, 4)
@@ -113,11 +122,13 @@ def _has_short_rest(width: int) -> bool:
 def _single_precision(target: Target, columns: int) -> Tile:
     """float32 weights take twice the registers, and three TF32 products hold both halves of their operands.
 
-    Groups of one block each spill least, and more than 4 of them take 104 KiB of shared memory.
+    Groups of one block each spill least. 5 of them want tiles of 16 rows, which read the keys and values twice as often.
     """
     if columns <= 128:
-        return Tile(64, split(columns, 1, (64, 16)), 32, 32, 4)
-    if columns > 256 and target.shared_memory < 104 * KIB:
+        return Tile(64, split(columns, 1, (64, 16)), 32, 32 if target.capability < 120 else 16, 4)
+    if 256 < columns <= 320:
+        return Tile(16, split(columns, 5, (64, 16)), 16, 16, 4)
+    if columns > 320 and target.shared_memory < 104 * KIB:
         return Tile(32, split(columns, -(-columns // 80), (64, 16)), 32, 16, 4)
     return Tile(32, split(columns, -(-columns // 64), (64, 16)), 32, 16, 4)
 
@@ -139,7 +150,8 @@ class ProductTile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def product(dtype: torch.dtype, width: int) -> ProductTile:
+def product(target: Target, dtype: torch.dtype, width: int) -> ProductTile:
     """The tile of a long product with a result of so many columns: 128 of them where no more are computed for it."""
     wide = dtype != torch.float32 and -(-width // 128) * 128 == -(-width // 64) * 64
-    return ProductTile(64, 128 if wide else 64, 32, 4)
+    warps = 8 if dtype == torch.float32 and target.capability >= 120 else 4
+    return ProductTile(64, 128 if wide else 64, 32, warps)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,36 +23,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # What still spills: GPU, case, kernel -> bytes a thread.
 SPILLS = {
-    ("sm_80", "SSA, A=312, C=350, fp32", "forward"): 16,
-    ("sm_80", "SSA, A=312, C=350, fp32", "backward rows"): 56,
     ("sm_80", "VSA, A=312, C=350, fp32", "forward"): 320,
     ("sm_80", "VSA, A=312, C=350, fp32", "backward rows"): 584,
-    ("sm_90", "SSA, A=312, C=350, dropout", "forward"): 200,
     ("sm_90", "SSA, A=312, C=350, dropout", "backward rows"): 56,
-    ("sm_90", "VSA, A=312, C=350, dropout", "backward rows"): 16,
-    ("sm_90", "RSA, C=350, dropout", "backward rows"): 16,
-    ("sm_90", "SSA, A=312, C=350, fp32", "forward"): 56,
-    ("sm_90", "SSA, A=312, C=350, fp32", "backward rows"): 48,
     ("sm_90", "VSA, A=312, C=350, fp32", "forward"): 328,
     ("sm_90", "VSA, A=312, C=350, fp32", "backward rows"): 432,
-    ("sm_100", "SSA, A=312, C=350, dropout", "forward"): 88,
-    ("sm_100", "SSA, A=312, C=350, fp32", "forward"): 48,
-    ("sm_100", "SSA, A=312, C=350, fp32", "backward rows"): 88,
     ("sm_100", "VSA, A=312, C=350, fp32", "forward"): 360,
     ("sm_100", "VSA, A=312, C=350, fp32", "backward rows"): 488,
-    ("sm_120", "SSA, A=312, C=377", "backward rows"): 8,
-    ("sm_120", "SSA, A=312, C=437", "backward rows"): 8,
-    ("sm_120", "SSA, A=312, C=350, dropout", "forward"): 184,
-    ("sm_120", "SSA, A=312, C=350, dropout", "backward rows"): 112,
-    ("sm_120", "VSA, A=312, C=350, dropout", "forward"): 16,
-    ("sm_120", "RSA, C=350, dropout", "forward"): 72,
-    ("sm_120", "SSA, A=102, C=350, fp32", "forward"): 24,
-    ("sm_120", "SSA, A=102, C=350, fp32", "backward rows"): 64,
-    ("sm_120", "SSA, A=312, C=350, fp32", "forward"): 816,
-    ("sm_120", "SSA, A=312, C=350, fp32", "backward rows"): 744,
+    ("sm_120", "SSA, A=312, C=350, dropout", "forward"): 24,
     ("sm_120", "VSA, A=312, C=350, fp32", "forward"): 360,
     ("sm_120", "VSA, A=312, C=350, fp32", "backward rows"): 448,
-    ("sm_120", "VSA, A=312, C=350, fp32", "summed product"): 16,
 }
 
 
@@ -168,13 +149,14 @@ def test_every_capability_has_a_tile_within_its_shared_memory():
     assert {row["GPU"] for row in rows} == set(gpu_resources.GPUS)
     for row in rows:
         _, limit, _ = gpu_resources.GPUS[row["GPU"]]
-        assert float(row["shared KiB"]) <= (99 if row["GPU"] == "sm_80" and "fp32" not in row["case"] else limit), row
+        assert float(row["shared KiB"]) <= (99 if row["GPU"] == "sm_80" else limit), row
 
 
 def test_a_gpu_with_99_kib_gets_a_tile_that_fits():
-    """sm_86 and sm_89: the float32 entry that needs 104 KiB is not theirs."""
+    """sm_86 and sm_89: the float32 entry that needs more, for more than 320 keys, is not theirs."""
     target = Target(86, 99 * KIB)
-    for launch in gpu_resources.launches(gpu_resources.CASES["SSA, A=312, C=350, fp32"], torch.float32, target)[:2]:
+    case = replace(gpu_resources.CASES["SSA, A=312, C=350, fp32"], key=(400, 350), value=(400, 350), bias=(400,))
+    for launch in gpu_resources.launches(case, torch.float32, target)[:2]:
         assert launch.compile(target).metadata.shared <= target.shared_memory
 
 
