@@ -5,7 +5,8 @@ than 128 columns are computed in column groups, so that fewer float32 scores are
 rows of the query once more. Narrow blocks keep few operands of the products alive. Steps of 64 columns read rows that
 begin anywhere in a sector with fewer sectors than steps of 32. Drawing a dropout mask takes registers too, hence other
 steps and groups. One table serves every GPU from sm_80 up, with other entries where the compiler of a newer one keeps
-more alive; entries that need more than the 99 KiB of shared memory that some GPUs have are only taken where there is more.
+more alive; entries that need more than the 99 KiB of shared memory that some GPUs have are only taken where there is
+more.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _has_short_rest(width: int) -> bool:
 def _single_precision(target: Target, columns: int) -> Tile:
     """float32 weights take twice the registers, and three TF32 products hold both halves of their operands.
 
-    Groups of one block each spill least. 5 of them want tiles of 16 rows, which read the keys and values twice as often.
+    Groups of one block each spill least. 5 of them want tiles of 16 rows, which read keys and values twice as often.
     """
     if columns <= 128:
         return Tile(64, split(columns, 1, (64, 16)), 32, 32 if target.capability < 120 else 16, 4)

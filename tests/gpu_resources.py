@@ -133,7 +133,7 @@ def main() -> None:
         "`python -m tests.gpu_resources`; tests compare it. Nothing here was timed, and nothing ran on a GPU. Warps per SM is what registers, shared",
         "memory and the SM's limit of warps allow. Spilled bytes are per thread.",
         "In bf16 nothing spills without dropout; with dropout over 312 keys the backward's row kernel spills 56 bytes on sm_90 and the forward 24 on",
-        "sm_120. In fp32 the row kernels of VSA over 196 regions spill everywhere; over 352 columns, which leave no rest of a step, they would not.",
+        "sm_120. In fp32 the row kernels of VSA over 196 regions spill everywhere.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
