@@ -105,6 +105,34 @@ def make_operands(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, T
     return operands
 
 
+class _Tf32Product(torch.autograd.Function):
+    """A product of float32 matrices, and those of its gradients, from factors rounded to TF32's 10 bits."""
+
+    @staticmethod
+    def forward(ctx, left: Tensor, right: Tensor) -> Tensor:
+        left, right = _to_tf32(left), _to_tf32(right)
+        ctx.save_for_backward(left, right)
+        return left @ right
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        grad = _to_tf32(grad)
+        return (grad @ right.mT).sum_to_size(left.shape), (left.mT @ grad).sum_to_size(right.shape)
+
+
+def _to_tf32(x: Tensor) -> Tensor:
+    """To the nearest, as tensor cores are given their factors."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """As a GPU multiplies: by torch's matmul precision, which a CPU need not follow."""
+    if left.dtype == torch.float32 and torch.get_float32_matmul_precision() == "high":
+        return _Tf32Product.apply(left, right)
+    return left @ right
+
+
 def natural(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None) -> tuple[Tensor, ...]:
     """The formulation as it is written: products in the operands' dtype, softmax in float32 or float64."""
     query, key, value, residual, bias = operands.values()
@@ -112,7 +140,7 @@ def natural(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None)
     residual = query if case.residual == "query" else residual
     wide = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if case.scale is None else case.scale
-    scores = (query @ key.mT).to(wide) * scale
+    scores = _product(query, key.mT).to(wide) * scale
     if bias is not None:
         bias = bias.to(wide)
         dead = (bias == -torch.inf).all(-1, keepdim=True)
@@ -120,7 +148,7 @@ def natural(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None)
     else:
         weights = torch.softmax(scores, -1)
     dropped = weights if mask is None else weights * mask
-    y = dropped.to(query.dtype) @ value
+    y = _product(dropped.to(query.dtype), value)
     if residual is not None:
         y = residual + y
     batch = y.shape[:-2]
