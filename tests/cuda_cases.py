@@ -126,7 +126,7 @@ def _to_tf32(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """As a GPU multiplies: by torch's matmul precision, which a CPU need not follow."""
     if left.dtype == torch.float32 and torch.get_float32_matmul_precision() == "high":
         return _Tf32Product.apply(left, right)
@@ -140,7 +140,7 @@ def natural(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None)
     residual = query if case.residual == "query" else residual
     wide = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if case.scale is None else case.scale
-    scores = _product(query, key.mT).to(wide) * scale
+    scores = product(query, key.mT).to(wide) * scale
     if bias is not None:
         bias = bias.to(wide)
         dead = (bias == -torch.inf).all(-1, keepdim=True)
@@ -148,7 +148,7 @@ def natural(operands: dict[str, Tensor | None], case: Case, mask: Tensor | None)
     else:
         weights = torch.softmax(scores, -1)
     dropped = weights if mask is None else weights * mask
-    y = _product(dropped.to(query.dtype), value)
+    y = product(dropped.to(query.dtype), value)
     if residual is not None:
         y = residual + y
     batch = y.shape[:-2]

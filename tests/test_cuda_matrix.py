@@ -178,6 +178,19 @@ def test_parity(point, precision):
         assert_parity(point.case(), "cuda")
 
 
+def test_yardstick_of_tf32(precision):
+    """Ten bits, to the nearest; factors that have no more give torch's own product and gradients."""
+    precision("high")
+    x = torch.tensor([[1 + 2**-11, 1 + 2**-12, -1 - 3 * 2**-11]])
+    assert torch.equal(cases.product(x, torch.eye(3)), torch.tensor([[1 + 2**-10, 1, -1 - 2**-9]]))
+    left, right = (torch.randint(-9, 9, shape).float().requires_grad_() for shape in ((3, 5, 4), (4, 6)))
+    results = []
+    for multiply in (cases.product, torch.matmul):
+        y = multiply(left, right)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (left, right))])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 def test_subset(precision, monkeypatch):
     """Every value of every axis at least twice, every pair of classes twice, and every kernel that a plan can launch."""
     assert len(set(MATRIX)) == len(MATRIX)
