@@ -78,10 +78,12 @@ def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dro
     if columns <= 128:
         return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
     if columns <= 224:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
-        groups = 3 if not dropped else 4 if target.capability < 120 else 7
-        return Tile(64, split(columns, groups, (32, 16)), 32, 32, 4)
+        count = 3 if not dropped else 4 if target.capability < 120 else 7
+        return Tile(64, split(columns, count, (32, 16)), 32, 32, 4)
     if columns <= 320 and dropped and target.capability >= 90:
-        return Tile(128, split(columns, 6, (32, 16)), 16, 16, 8)
+        groups = split(columns, 6, (32, 16))
+        spread = groups[::2] + groups[1::2]  # two wide groups in a row spill on sm_120
+        return Tile(128, spread if target.capability >= 120 else groups, 16, 16, 8)
     if columns <= 320:
         step = 16 if dropped else 64 if target.capability < 100 and _has_short_rest(width) else 32
         return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)

@@ -30,7 +30,6 @@ SPILLS = {
     ("sm_90", "VSA, A=312, C=350, fp32", "backward rows"): 432,
     ("sm_100", "VSA, A=312, C=350, fp32", "forward"): 360,
     ("sm_100", "VSA, A=312, C=350, fp32", "backward rows"): 488,
-    ("sm_120", "SSA, A=312, C=350, dropout", "forward"): 24,
     ("sm_120", "VSA, A=312, C=350, fp32", "forward"): 360,
     ("sm_120", "VSA, A=312, C=350, fp32", "backward rows"): 448,
 }
