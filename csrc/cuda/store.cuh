@@ -143,13 +143,12 @@ __device__ void store_rows(const Result<Element, Tile>& result, const RowArgumen
   const auto added = [&](int row) {
     return static_cast<const char*>(args.added.data) + (shared.offsets[row].added + first_column) * added_bytes;
   };
-  T* run = out(0);
-  const char* added_run = added(0);
-  const int run_before = phase(run);  // 16 rows further it is the same
+  const int run_before = phase(out(0));  // 16 rows further it is the same
+  const int thread = opaque(threadIdx.x);
 #pragma unroll 1
   for (int row_tile = 0; 16 * row_tile < rows; ++row_tile) {
-    const int thread = opaque(threadIdx.x);  // what follows from it is computed anew: kept, it would take registers
-    const int row_in_half = thread % 32 / 4, column_in_unit = kColumns * (thread % 4);
+    // The row's place is computed anew: kept, it would take registers that the compiler does not have everywhere.
+    const int row_in_half = static_cast<int>(opaque(thread) % 32 / 4), column_in_unit = kColumns * (thread % 4);
     const int first_row = 16 * row_tile;
     float* slice = shared.slices + row_tile % 2 * shared.kSlice;  // while others still read the other one
     unrolled<Tile::kRowTiles>([&](auto i) {
@@ -179,9 +178,8 @@ __device__ void store_rows(const Result<Element, Tile>& result, const RowArgumen
     __syncthreads();
     const int count = min(16, rows - first_row);
     if (one_run) {
-      store_run(run, added_run, args.added_kind, slice + run_before, count * size, factor, thread, kThreads);
-      run += 16 * size;
-      added_run += 16 * size * added_bytes;
+      store_run(out(first_row), added(first_row), args.added_kind, slice + run_before, count * size, factor, thread,
+                kThreads);
     } else {
       for (int row = thread / 32; row < count; row += kWarps) {
         T* to = out(first_row + row);
