@@ -41,7 +41,7 @@ MUTATIONS = [
     ("the map is read before it is complete", "row_kernel.cuh", "  __syncthreads();  // the map is complete\n", "", SSA, ptxsim.Fault),
     ("rows of odd address lose their shift", "copy.cuh", "8 * (shift & 3)", "0", SSA, AssertionError),
     ("what lies behind a row is multiplied", "products.cuh", "if (valid < 16) x = cut(x, valid);", "", ssa(2, 21, 13, 23, layout={"query": with_nan_behind}), AssertionError),
-    ("what lies behind a key is multiplied", "products.cuh", "right.template cut_last<BLOCKS>(words[half], position);", "", ssa(2, 21, 13, 23, layout={"key": aligned_with_nan_behind}), AssertionError),
+    ("what lies behind a key is multiplied", "products.cuh", "right.template cut_last<BLOCKS>(now, position);", "", ssa(2, 21, 13, 23, layout={"key": aligned_with_nan_behind}), AssertionError),
     ("rows behind the last value are multiplied", "products.cuh", "WHOLE || key(i) < rest", "true", ssa(2, 21, 13, 23, layout={"value": aligned_with_nan_behind}), ptxsim.Fault),
     ("a slice is overwritten while it is read", "store.cuh", "row_tile % 2 * shared.kSlice", "0 * row_tile", SSA, ptxsim.Fault),
     ("the last column of a run spills into the next row", "store.cuh", "column + column_in_unit + k < size", "true", SSA, (AssertionError, ptxsim.Fault)),
