@@ -43,10 +43,10 @@ def calls(monkeypatch):
                 with _disable_current_modes():
                     enqueue(*arguments)
 
-            monkeypatch.setattr(cuda, "_run", counted)
-            with Refusing():
+            # Undone here: the fixture's own patches outlive the simulated device, whose `_run` this wraps.
+            with monkeypatch.context() as here, Refusing():
+                here.setattr(cuda, "_run", counted)
                 result = compute(*args, **kwargs)
-            monkeypatch.setattr(cuda, "_run", enqueue)
             runs.append((direction, len(count)))
             return result
 
