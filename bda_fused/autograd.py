@@ -11,7 +11,7 @@ computed by ``differentiable_backward``, these formulas in plain torch ops.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from inspect import Signature, signature
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,15 +21,12 @@ from torch.autograd import Function
 
 from bda_fused import _checks, backends, dropout, ops
 from bda_fused.backends.problem import Options
-from bda_fused.numerics import softmax_dtype, without_autocast
+from bda_fused.numerics import NO_CONTEXT, softmax_dtype, without_autocast
 
 
 def _below_autograd() -> AbstractContextManager[object]:
     """Where the raw operators run: refusing gradients, as they do, costs as much as a small product."""
-    return _NO_CONTEXT if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
-
-
-_NO_CONTEXT = nullcontext()
+    return NO_CONTEXT if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
 
 class ResidualAttentionFunction(Function):

@@ -70,6 +70,12 @@ def threshold(p: float) -> int:
     return round(p * 2**32)
 
 
+def survival(p: float) -> tuple[int, float]:
+    """The smallest word that survives, and what survivors are multiplied by: 0 where none does."""
+    smallest = threshold(p)
+    return (smallest, 1 / (1 - p)) if smallest <= _WORD else (0, 0.0)
+
+
 def mask(seed: Tensor, p: float, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """M = keep / (1 - p) of ``shape`` on the seed's device; all zeros at p = 1. The same seed gives the same mask."""
     if p == 1.0:

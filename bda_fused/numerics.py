@@ -53,7 +53,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off on the device; entering torch's own costs more, so only where it is on."""
     if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
-    return _NO_CONTEXT
+    return NO_CONTEXT
 
 
-_NO_CONTEXT = nullcontext()
+NO_CONTEXT = nullcontext()

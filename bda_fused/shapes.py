@@ -17,6 +17,16 @@ def batch_of(*operands: Tensor) -> tuple[int, int]:
     return batch, heads
 
 
+def step(x: Tensor, axis: int) -> int:
+    """The stride, in elements, 0 along an axis of size 1: what kernels are told."""
+    return 0 if x.shape[axis] == 1 else x.stride(axis)
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """The tensor itself where neighbouring columns are adjacent in memory, else one copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def padded_rows(like: Tensor, shape: tuple[int, ...], multiple: int) -> Tensor:
     """Uninitialised, of ``shape``, in rows whose pitch is the next multiple of so many elements."""
     *outer, width = shape

@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from bda_fused import shapes
+
 KIB = 1024
 
 
@@ -99,18 +101,13 @@ _POINTERS = {
 }
 
 
-def readable(x: Tensor) -> Tensor:
-    """The tensor itself where neighbouring columns are adjacent in memory, else one copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def strides(x: Tensor, names: str) -> dict[str, int]:
     """The strides of a 4-D operand by name, 0 along axes of size 1: ``strides(key, "k_b k_h k_s")``."""
     return dict(zip(names.split(), _steps(x), strict=False))
 
 
 def _steps(x: Tensor) -> list[int]:
-    return [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+    return [shapes.step(x, axis) for axis in range(x.dim())]
 
 
 def layout(x: Tensor | None) -> tuple[int, int]:

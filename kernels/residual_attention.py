@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from bda_fused.kernels import tiles
 from bda_fused.kernels.dropped_map import plan_signed_map
-from bda_fused.kernels.launch import Launch, Target, readable
+from bda_fused.kernels.launch import Launch, Target
 from bda_fused.kernels.residual_attention_backward import plan_rows
 from bda_fused.kernels.residual_attention_forward import plan_forward
 from bda_fused.kernels.sums import Term, plan_products, plan_sum
 from torch import Tensor
 
-from bda_fused import dropout
+from bda_fused.dropout import survival
+from bda_fused.shapes import with_unit_stride
 
 
 def forward(
@@ -29,14 +30,14 @@ def forward(
     row_sum: Tensor | None,
 ) -> Tensor:
     """Y; weights and row_sum are filled where given. 4-D operands as in ops.py, ``scores`` (B, H, L, S) without a 0."""
-    query, key, value = readable(query), readable(key), readable(value)
+    query, key, value = map(with_unit_stride, (query, key, value))
     y = query.new_empty((*scores[:3], value.shape[3]), dtype=result_dtype)
     for launch in plan_forward(
         scores,
         query,
         key,
         value,
-        None if residual is None else readable(residual),
+        None if residual is None else with_unit_stride(residual),
         attn_bias,
         seed,
         y,
@@ -72,7 +73,7 @@ def backward(
     need_query, need_key, need_value, need_bias = needs
     if grad_y.dtype == torch.float64:  # of a residual in float64
         grad_y = grad_y.float()
-    grad_y, query, key, value = readable(grad_y), readable(query), readable(key), readable(value)
+    grad_y, query, key, value = map(with_unit_stride, (grad_y, query, key, value))
     precision, target = dot_precision(query.dtype, query.dtype), Target.of(query.device)
     threshold, keep_scale = survival(dropout_p)
     columns = scores[3]
@@ -100,7 +101,7 @@ def backward(
             key,
             value,
             weights,
-            None if grad_weights is None else readable(grad_weights),
+            None if grad_weights is None else with_unit_stride(grad_weights),
             None if grad_row_sum is None else grad_row_sum.contiguous(),
             grad_scores,
             grad_query if need_query and columns <= tiles.WHOLE else None,
@@ -130,12 +131,6 @@ def backward(
     for launch in launches:
         launch.run()
     return grad_query, grad_key, grad_value, grad_bias
-
-
-def survival(dropout_p: float) -> tuple[int, float]:
-    """The first Philox word that survives dropout, and what survivors are multiplied by; 0 where none does."""
-    threshold = dropout.threshold(dropout_p)
-    return (threshold, 1 / (1 - dropout_p)) if threshold < 2**32 else (0, 0.0)
 
 
 def dot_precision(dtype: torch.dtype, result_dtype: torch.dtype) -> str:

@@ -19,7 +19,7 @@ from bda_fused.backends.batch_sum import batch_sum
 from bda_fused.backends.cuda_plan import Device, Launch, RowProblem
 from bda_fused.backends.cuda_products import Sum
 from bda_fused.backends.problem import Options, Problem
-from bda_fused.shapes import batch_of, padded_rows
+from bda_fused.shapes import batch_of, padded_rows, with_unit_stride
 
 # The map is written by the forward and read by the backward: that saves a third of the backward's products.
 KEEPS_WEIGHTS = True
@@ -111,14 +111,14 @@ def forward(
         device,
         "forward",
         problem.scores,
-        left=_with_unit_stride(query),
+        left=with_unit_stride(query),
         first=first,
         second=second,
-        added=None if residual is None else _with_unit_stride(residual),
+        added=None if residual is None else with_unit_stride(residual),
         out=out,
         weights=weights if weights.numel() else None,
         scale=options.scale,
-        bias=None if attn_bias is None else _with_unit_stride(attn_bias.float()),
+        bias=None if attn_bias is None else with_unit_stride(attn_bias.float()),
         seed=seed,
         dropout_p=options.dropout_p,
         pointers={
@@ -154,7 +154,7 @@ def backward(
     the value's.
     """
     need_query, need_key, need_value, need_bias = needs
-    dy = _with_unit_stride(grad_y.to(query.dtype))
+    dy = with_unit_stride(grad_y.to(query.dtype))
     grad_query, grad_key, grad_value, grad_bias = (query.new_empty(0) for _ in range(4))
     *outer, _, keys = problem.scores
     if keys == 0 or dy.numel() == 0:  # nothing was attended to
@@ -198,7 +198,7 @@ def backward(
             out=out,
             weights=weights,
             scale=scale,
-            weights_grad=None if grad_weights is None else _with_unit_stride(grad_weights),
+            weights_grad=None if grad_weights is None else with_unit_stride(grad_weights),
             seed=seed,
             dropout_p=dropout_p,
             pointers={
@@ -225,14 +225,14 @@ def backward(
     if need_key:
         assert scores_grad is not None
         grad_key = key.new_empty(key.shape)
-        terms = [(scores_grad, _with_unit_stride(query))]  # scaled, as the kernel leaves it
+        terms = [(scores_grad, with_unit_stride(query))]  # scaled, as the kernel leaves it
         sums.append(Sum([*terms, values] if key_is_value else terms, grad_key))
     if sums:
         launches += cuda_products.launches("keys", sums, batch, device)
     if need_query and not query_per_row:
         assert scores_grad is not None
         grad_query = query.new_empty(query.shape)
-        of_query = Sum([(scores_grad, _with_unit_stride(key))], grad_query, added=dy if residual_is_query else None)
+        of_query = Sum([(scores_grad, with_unit_stride(key))], grad_query, added=dy if residual_is_query else None)
         launches += cuda_products.launches("queries", [of_query], batch, device)
     _run(launches, query.device)
     if out is not None and out is not grad_query:
@@ -259,17 +259,13 @@ def _accumulator(out: Tensor, keys: int, device: Device) -> Tensor:
     return torch.empty_like(out, dtype=torch.float32)
 
 
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _aligned(operands: Sequence[Tensor | None], launches: list[Launch]) -> list[Tensor | None]:
     """Keys and values as the kernel copies them: as they are, or packed once, by a launch that is added."""
     packed: dict[tuple[object, ...], Tensor] = {}
     result: list[Tensor | None] = []
     for x in operands:
         if x is not None:
-            x = _with_unit_stride(x)
+            x = with_unit_stride(x)
             if not cuda_plan.is_aligned(x):
                 place = (x.data_ptr(), x.shape, x.stride())
                 if place not in packed:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bda_fused import dropout
+from bda_fused import dropout, shapes
 
 THREADS = 256
 _WARPS = THREADS // 32
@@ -30,7 +30,7 @@ _MOST_KEYS = 512  # whose scores fit on chip
 # What a block costs beside its rows, in rows: its keys and values are loaded for any number of them.
 _BLOCK_OVERHEAD = 16
 
-_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _WHOLE, _STATISTICS, _RESULTS = range(3)
 
 
@@ -254,7 +254,8 @@ class RowProblem:
         batches, heads, queries, _ = self.scores
         shared_by = [x for x in (self.first, self.second) if x is not None]
         inner_batches, inner_heads = (
-            size if all(_stride(x, axis) == 0 for x in shared_by) else 1 for axis, size in enumerate((batches, heads))
+            size if all(shapes.step(x, axis) == 0 for x in shared_by) else 1
+            for axis, size in enumerate((batches, heads))
         )
         groups, rows = batches * heads // (inner_batches * inner_heads), inner_batches * inner_heads * queries
         tiles = TILES[element_name(self.left.dtype)][self.direction]
@@ -283,8 +284,8 @@ class RowProblem:
             if x is None:
                 return Rows()
             tensors[name] = x
-            skipped = 0 if keys_along is None else first_key * _stride(x, keys_along)
-            return Rows(x.data_ptr() + skipped * x.element_size(), *(_stride(x, axis) for axis in range(3)))
+            skipped = 0 if keys_along is None else first_key * shapes.step(x, keys_along)
+            return Rows(x.data_ptr() + skipped * x.element_size(), *(shapes.step(x, axis) for axis in range(3)))
 
         def pointer(name: str, x: Tensor | None) -> int | None:
             if x is None:
@@ -292,7 +293,7 @@ class RowProblem:
             tensors[name] = x
             return x.data_ptr()
 
-        threshold = dropout.threshold(self.dropout_p)
+        threshold, keep_scale = dropout.survival(self.dropout_p)
         added = self.added
         if step == _RESULTS and group > 0:
             added = self.out  # the groups before this one
@@ -303,7 +304,7 @@ class RowProblem:
             added=operand("added", added),
             out=pointer("out", self.out),
             bias=operand("bias", self.bias, keys_along=3),
-            bias_key=0 if self.bias is None else _stride(self.bias, 3),
+            bias_key=0 if self.bias is None else shapes.step(self.bias, 3),
             weights=operand("weights", self.weights),
             weights_grad=operand("weights_grad", self.weights_grad),
             seed=pointer("seed", self.seed),
@@ -322,10 +323,10 @@ class RowProblem:
             group=group,
             groups=len(key_groups(total_keys, self.device)),
             step=step,
-            added_kind=0 if added is None else _KINDS[added.dtype],
-            out_kind=0 if self.out is None else _KINDS[self.out.dtype],
-            threshold=min(threshold, 2**32 - 1),
-            keep_scale=0.0 if threshold > 2**32 - 1 else 1 / (1 - self.dropout_p),
+            added_kind=0 if added is None else KINDS[added.dtype],
+            out_kind=0 if self.out is None else KINDS[self.out.dtype],
+            threshold=threshold,
+            keep_scale=keep_scale,
             scale=self.scale,
             left_unit=_copied_unit(self.left, shape),
             pass_units=pass_units,
@@ -338,10 +339,14 @@ class RowProblem:
 def _copied_unit(x: Tensor, shape: BlockShape) -> int:
     """Bytes in which left rows can be copied past the registers, a constant distance apart: 4, or 0 for never."""
     merged = shape.inner_batches * shape.inner_heads == 1 or (
-        shape.inner_heads == 1 and _stride(x, 0) == x.shape[2] * _stride(x, 2)
+        shape.inner_heads == 1 and shapes.step(x, 0) == x.shape[2] * shapes.step(x, 2)
     )
-    steps = [x.data_ptr(), *(_stride(x, axis) * x.element_size() for axis in range(3))]
-    return 4 if merged and all(step % 4 == 0 for step in steps) else 0
+    return 4 if merged and has_aligned_rows(x, 4) else 0
+
+
+def has_aligned_rows(x: Tensor, unit: int) -> bool:
+    """Whether every row begins at a multiple of ``unit`` bytes."""
+    return x.data_ptr() % unit == 0 and all(shapes.step(x, axis) * x.element_size() % unit == 0 for axis in range(3))
 
 
 def _consecutive(added: Tensor | None, heads: int, queries: int, shape: BlockShape) -> bool:
@@ -352,27 +357,26 @@ def _consecutive(added: Tensor | None, heads: int, queries: int, shape: BlockSha
         return True
     width = added.shape[3]
     steps = ((0, shape.inner_batches, heads * queries), (1, shape.inner_heads, queries), (2, queries, 1))
-    return all(size == 1 or _stride(added, axis) == rows * width for axis, size, rows in steps)
+    return all(size == 1 or shapes.step(added, axis) == rows * width for axis, size, rows in steps)
 
 
 def is_aligned(x: Tensor) -> bool:
     """Whether the kernel can load keys or values from these rows: 16 bytes at a time, up to a multiple of 32."""
     itemsize = x.element_size()
-    steps = [x.data_ptr(), *(_stride(x, axis) * itemsize for axis in range(3))]
-    last_row = int(x.storage_offset()) + sum((x.shape[axis] - 1) * _stride(x, axis) for axis in range(3))
+    last_row = int(x.storage_offset()) + sum((x.shape[axis] - 1) * shapes.step(x, axis) for axis in range(3))
     end = last_row * itemsize + _round_up(x.shape[3] * itemsize, 32)
-    return all(step % 16 == 0 for step in steps) and end <= int(x.untyped_storage().nbytes())
+    return has_aligned_rows(x, 16) and end <= int(x.untyped_storage().nbytes())
 
 
 def pack(x: Tensor) -> tuple[Tensor, Launch]:
     """An aligned copy of ``x`` (B, H, rows, width), of any strides but the last, and the launch that fills it."""
-    batches, heads = (1 if _stride(x, axis) == 0 else x.shape[axis] for axis in (0, 1))
+    batches, heads = (1 if shapes.step(x, axis) == 0 else x.shape[axis] for axis in (0, 1))
     rows, width = x.shape[2:]
     itemsize = x.element_size()
     units = 2 * -(-width * itemsize // 32)
     packed = x.new_empty((batches, heads, rows, units * 16 // itemsize))
     arguments = PackArguments(
-        source=Rows(x.data_ptr(), *(_stride(x, axis) * itemsize for axis in range(3))),
+        source=Rows(x.data_ptr(), *(shapes.step(x, axis) * itemsize for axis in range(3))),
         packed=packed.data_ptr(),
         total_rows=batches * heads * rows,
         heads=heads,
@@ -383,10 +387,6 @@ def pack(x: Tensor) -> tuple[Tensor, Launch]:
     grid = -(-batches * heads * rows * _round_up(units, 8) // THREADS)
     launch = Launch("pack_rows", grid, 0, arguments, {"source": x, "packed": packed})
     return packed[..., :width].expand(*x.shape[:2], -1, -1), launch
-
-
-def _stride(x: Tensor, axis: int) -> int:
-    return 0 if x.shape[axis] == 1 else x.stride(axis)
 
 
 def _round_up(x: int, multiple: int) -> int:

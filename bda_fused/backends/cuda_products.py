@@ -11,14 +11,15 @@ same bits in any order of blocks.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from bda_fused.backends.cuda_plan import _KINDS, THREADS, Device, Launch, Rows, _stride, element_name
+from bda_fused import shapes
+from bda_fused.backends.cuda_plan import KINDS, THREADS, Device, Launch, Rows, element_name, has_aligned_rows
 
 # What a split costs beside its rows, in stages of 128 bytes of depth: its partial result is written and read again.
 _SPLIT_OVERHEAD = 6
@@ -161,9 +162,9 @@ def launches(form: str, sums: Sequence[Sum], batch: tuple[int, int], device: Dev
             tile_blocks=-(-columns // (8 * column_tiles)),
             splits=parts,
             first_block=grid,
-            left_unit=_unit(left for left, _ in x.terms),
-            right_unit=_unit(right for _, right in x.terms),
-            out_kind=_KINDS[target.dtype],
+            left_unit=_unit([left for left, _ in x.terms]),
+            right_unit=_unit([right for _, right in x.terms]),
+            out_kind=KINDS[target.dtype],
         )
         for name, operands in (("left", (left for left, _ in x.terms)), ("right", (right for _, right in x.terms))):
             tensors |= {f"{name}{index}{term}": operand for term, operand in enumerate(operands)}
@@ -182,9 +183,9 @@ def _walk(form: str, x: Sum, batch: tuple[int, int]) -> _Walk:
     depth = x.terms[0][1].shape[2]
     operands = [operand for term in x.terms for operand in term]
     if form == "keys":  # rows of images that follow one another are one sum
-        if all(_stride(operand, 1) == depth * _stride(operand, 2) for operand in operands) or heads == 1:
+        if all(shapes.step(operand, 1) == depth * shapes.step(operand, 2) for operand in operands) or heads == 1:
             depth, heads = depth * heads, 1
-        if heads == 1 and all(_stride(operand, 0) == depth * _stride(operand, 2) for operand in operands):
+        if heads == 1 and all(shapes.step(operand, 0) == depth * shapes.step(operand, 2) for operand in operands):
             depth, batches = depth * batches, 1
     return _Walk(depth, batches, heads)
 
@@ -218,17 +219,16 @@ def _ordered_sum(partial: Tensor, x: Sum, batch: tuple[int, int]) -> Launch:
         group_heads=x.out.shape[1],
         sum_batches=batches,
         sum_heads=heads,
-        out_kind=_KINDS[x.out.dtype],
+        out_kind=KINDS[x.out.dtype],
     )
     tensors = {"partial": partial, "out": x.out} | ({} if x.added is None else {"added": x.added})
     return Launch("ordered_sum", -(-x.out.numel() // THREADS), 0, arguments, tensors)
 
 
 def _rows(x: Tensor) -> Rows:
-    return Rows(x.data_ptr(), *(_stride(x, axis) for axis in range(3)))
+    return Rows(x.data_ptr(), *(shapes.step(x, axis) for axis in range(3)))
 
 
-def _unit(operands: Iterable[Tensor]) -> int:
+def _unit(operands: Sequence[Tensor]) -> int:
     """Bytes in which the rows of all of them can be copied past the registers: 16, 4, or 0 for never."""
-    steps = [step for x in operands for step in (x.data_ptr(), *(_stride(x, a) * x.element_size() for a in range(3)))]
-    return next((unit for unit in (16, 4) if all(step % unit == 0 for step in steps)), 0)
+    return next((unit for unit in (16, 4) if all(has_aligned_rows(x, unit) for x in operands)), 0)
