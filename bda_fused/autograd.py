@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from bda_fused import _checks, backends, dropout, ops
-from bda_fused.backends.problem import Options
+from bda_fused.backends.problem import BackwardOptions, Options
 from bda_fused.numerics import NO_CONTEXT, softmax_dtype, without_autocast
 
 
@@ -102,11 +102,7 @@ class ResidualAttentionFunction(Function):
                     weights,
                     lse,
                     seed,
-                    options.scale,
-                    options.dropout_p,
-                    options.residual_is_query,
-                    [need_query, need_key, need_value, need_bias],
-                    ctx.backend,
+                    *BackwardOptions(*options[:3], [need_query, need_key, need_value, need_bias], ctx.backend),
                 )
         grad_query, grad_key, grad_value, grad_bias = grads
         return (

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bda_fused import backends
-from bda_fused.backends.problem import Options, Problem
+from bda_fused.backends.problem import BackwardOptions, Options, Problem
 from bda_fused.numerics import softmax_dtype, without_autocast
 from bda_fused.shapes import batch_of, padded_rows
 
@@ -113,16 +113,12 @@ def _backward(
     weights: Tensor,
     lse: Tensor,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    residual_is_query: bool,
-    needs: list[bool],
-    backend: str,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    key_is_value = value is None
+    options, key_is_value = BackwardOptions(*given), value is None
     value = key if value is None else value
     problem = Problem.of(query, key, value, grad_y, attn_bias)
-    chosen = backends.select(problem, backend)
+    chosen = backends.select(problem, options.backend)
     with without_autocast(query.device):
         return chosen.backward(
             problem,
@@ -136,11 +132,8 @@ def _backward(
             weights,
             lse,
             seed,
-            scale,
-            dropout_p,
-            residual_is_query,
             key_is_value,
-            needs,
+            options,
         )
 
 
@@ -156,13 +149,9 @@ def _backward_fake(
     weights: Tensor,
     lse: Tensor,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    residual_is_query: bool,
-    needs: list[bool],
-    backend: str,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    value = key if value is None else value
+    needs, value = BackwardOptions(*given).needs, key if value is None else value
     bias = query if attn_bias is None else attn_bias
     query_grad, key_grad, value_grad, bias_grad = (
         x.new_empty(x.shape if need else 0) for x, need in zip((query, key, value, bias), needs, strict=True)

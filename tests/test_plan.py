@@ -83,7 +83,7 @@ def test_natural_flops_are_those_of_the_reference_on_expanded_attributes():
 def test_registered_flops_are_those_of_the_eager_backend(query, key, value):
     """torch's counter sees one operator; the formula registered for it must count what runs inside."""
     from bda_fused.backends import eager
-    from bda_fused.backends.problem import Options, Problem
+    from bda_fused.backends.problem import BackwardOptions, Options, Problem
 
     q, k = torch.randn(query), torch.randn(key)
     v = None if value is None else torch.randn(value)
@@ -95,11 +95,11 @@ def test_registered_flops_are_those_of_the_eager_backend(query, key, value):
 
     y, weights, _, lse = ops.residual_attention(q, k, v, None, None, None, *options)
     for needs in ([True] * 3 + [False], [True, False, False, False], [False, True, False, False]):
-        tail = (weights, lse, None, 0.5, 0.0, False)
+        kept, given = (weights, lse, None), BackwardOptions(0.5, 0.0, False, needs, "eager")
         inside = counted(
-            lambda: eager.backward(problem, y, None, None, q, k, k if v is None else v, None, *tail, v is None, needs)
+            lambda: eager.backward(problem, y, None, None, q, k, k if v is None else v, None, *kept, v is None, given)
         )
-        outside = counted(lambda: ops.residual_attention_backward(y, None, None, q, k, v, None, *tail, needs, "eager"))
+        outside = counted(lambda: ops.residual_attention_backward(y, None, None, q, k, v, None, *kept, *given))
         assert inside == outside > 0
 
 

@@ -18,7 +18,7 @@ from bda_fused.backends import cuda_plan, cuda_products
 from bda_fused.backends.batch_sum import batch_sum
 from bda_fused.backends.cuda_plan import Device, Launch, RowProblem
 from bda_fused.backends.cuda_products import Sum
-from bda_fused.backends.problem import Options, Problem
+from bda_fused.backends.problem import BackwardOptions, Options, Problem
 from bda_fused.shapes import batch_of, padded_rows, with_unit_stride
 
 # The map is written by the forward and read by the backward: that saves a third of the backward's products.
@@ -142,17 +142,15 @@ def backward(
     weights: Tensor,
     lse: Tensor,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    residual_is_query: bool,
     key_is_value: bool,
-    needs: list[bool],
+    options: BackwardOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and attn_bias, each of its operand's shape; empty where ``needs`` says no.
+    """Gradients of query, key, value and attn_bias, of their shapes; empty where ``options.needs`` says no.
 
     With ``residual_is_query`` the query's gradient includes the residual's, with ``key_is_value`` the key's includes
     the value's.
     """
+    scale, dropout_p, residual_is_query, needs, _ = options
     need_query, need_key, need_value, need_bias = needs
     dy = with_unit_stride(grad_y.to(query.dtype))
     grad_query, grad_key, grad_value, grad_bias = (query.new_empty(0) for _ in range(4))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bda_fused import dropout
 from bda_fused.backends._gemm import gradient, product, score_product
-from bda_fused.backends.problem import Options, Problem
+from bda_fused.backends.problem import BackwardOptions, Options, Problem
 from bda_fused.numerics import LOW_PRECISION, cast, gemm_dtype, softmax_dtype
 
 # The backward reads the map; a backend without this recomputes it from the log-sum-exp.
@@ -74,18 +74,15 @@ def backward(
     weights: Tensor,
     lse: Tensor,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    residual_is_query: bool,
     key_is_value: bool,
-    needs: list[bool],
+    options: BackwardOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and attn_bias, each of its operand's shape; empty where ``needs`` says no.
+    """Gradients of query, key, value and attn_bias, of their shapes; empty where ``options.needs`` says no.
 
     With ``residual_is_query`` the query's gradient includes the residual's, with ``key_is_value`` the key's includes
     the value's.
     """
-    need_query, need_key, need_value, need_bias = needs
+    scale, dropout_p, residual_is_query, (need_query, need_key, need_value, need_bias), _ = options
     dtype = gemm_dtype(query.dtype, query.device)
     q, k, v, dy = cast(query, dtype), cast(key, dtype), cast(value, dtype), cast(grad_y, dtype)
     p = cast(weights, softmax_dtype(weights.dtype))

@@ -22,6 +22,19 @@ class Options(NamedTuple):
     backend: str = "auto"
 
 
+class BackwardOptions(NamedTuple):
+    """What a backward is asked beside its tensors, in the order of the operator's schema.
+
+    needs: whether the gradients of query, key, value and attn_bias are wanted.
+    """
+
+    scale: float
+    dropout_p: float
+    residual_is_query: bool
+    needs: list[bool]
+    backend: str
+
+
 class Problem(NamedTuple):
     """One residual attention over 4-D operands, without its data.
 

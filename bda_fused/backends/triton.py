@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bda_fused.backends import eager
-from bda_fused.backends.problem import Options, Problem
+from bda_fused.backends.problem import BackwardOptions, Options, Problem
 from bda_fused.shapes import batch_of, padded_rows
 
 # The backward reads the map that the forward has stored: fewer products than computing it anew, and no more bytes.
@@ -110,16 +110,13 @@ def backward(
     weights: Tensor,
     lse: Tensor,
     seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    residual_is_query: bool,
     key_is_value: bool,
-    needs: list[bool],
+    options: BackwardOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and attn_bias, each of its operand's shape; empty where ``needs`` says no."""
+    """Gradients of query, key, value and attn_bias, of their shapes; empty where ``options.needs`` says no."""
     if 0 in problem.scores:
         operands = (grad_y, grad_weights, grad_row_sum, query, key, value, attn_bias, weights, lse, seed)
-        return eager.backward(problem, *operands, scale, dropout_p, residual_is_query, key_is_value, needs)
+        return eager.backward(problem, *operands, key_is_value, options)
     from bda_fused.kernels import residual_attention
 
     with _on(query.device):
@@ -134,11 +131,11 @@ def backward(
             attn_bias,
             weights,
             seed,
-            scale,
-            dropout_p,
-            residual_is_query,
+            options.scale,
+            options.dropout_p,
+            options.residual_is_query,
             key_is_value,
-            needs,
+            options.needs,
         )
 
 
