@@ -42,9 +42,13 @@ def tail_width(width, block):
 
 
 @triton.constexpr_function
-def whole_chunks(width, chunk, readable):
-    """Up to which column a row is computed in whole chunks: beyond its width where the last chunk may be read whole."""
-    return -(-width // chunk) * chunk if -(-width // chunk) * chunk <= readable else width // chunk * chunk
+def whole_chunks(width, chunk, readable, dtype):
+    """Up to which column a row is computed in whole chunks: beyond its width where the last chunk may be read whole.
+
+    In float32 always, with masked loads: weights that a rest behind the loop needs too would stay in registers.
+    """
+    up = -(-width // chunk) * chunk
+    return up if up <= readable or dtype == tl.float32 else width // chunk * chunk
 
 
 @triton.jit
@@ -188,6 +192,18 @@ def row_products(
 
 
 @triton.jit
+def opaque(p, PRECISION: tl.constexpr):
+    """P, such that the compiler splits it for three TF32 products where it is used.
+
+    It would else split it ahead of a loop, and keep both halves in registers.
+    """
+    if INTERPRETED or PRECISION != "tf32x3":
+        return p
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def weighted_rows(
     p,
     shrinks,
@@ -217,7 +233,7 @@ def weighted_rows(
                 w_tile = tl.load(rows + cols)  # [width, WIDTH]
             else:
                 w_tile = tl.load(rows + cols, mask=cols < D, other=0.0)
-            acc = dot(p[g][j], w_tile, acc, PRECISION)
+            acc = dot(opaque(p[g][j], PRECISION), w_tile, acc, PRECISION)
     return acc
 
 

@@ -202,12 +202,12 @@ def residual_attention_backward_rows(
             into = group_start(dq, group, GROUP_H, dq_b, dq_h, DQ_LAYOUT)
             into = row_pointers(into, at, first, dq_b, dq_h, dq_l, DQ_LAYOUT, DIVIDED)
             # Where K may be read up to whole chunks the last chunk is like the others, else it has code of its own.
-            EVEN: tl.constexpr = whole_chunks(DK, BLOCK_DK, READABLE_K)
+            EVEN: tl.constexpr = whole_chunks(DK, BLOCK_DK, READABLE_K, k.dtype.element_ty)
             for d in tl.range(0, EVEN, BLOCK_DK):
                 chunk = d + tl.arange(0, BLOCK_DK)[None, :]
                 store_query_columns(
-                    into, dy, gradient, keys, k_s, S, scale, inside, chunk,
-                    BLOCK_L, GROUPS, BLOCK_DK, DK, True, EVEN <= DK, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
+                    into, dy, gradient, keys, k_s, S, scale, inside, chunk, BLOCK_L, GROUPS, BLOCK_DK, DK,
+                    EVEN <= READABLE_K, EVEN <= DK, K_LAYOUT, QUERY_IS_RESIDUAL, PRECISION,
                 )  # fmt: skip
             if EVEN < DK:
                 TAIL: tl.constexpr = tail_width(DK, BLOCK_DK)

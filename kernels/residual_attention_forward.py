@@ -211,12 +211,12 @@ def residual_attention_forward(
         r = group_start(r, group, GROUP_H, r_b, r_h, R_LAYOUT)
         r = row_pointers(r, at, first, r_b, r_h, r_l, R_LAYOUT, DIVIDED)
     # Where V may be read up to whole chunks the last chunk is like the others, else it has code of its own.
-    EVEN: tl.constexpr = whole_chunks(DV, BLOCK_DV, READABLE_V)
+    EVEN: tl.constexpr = whole_chunks(DV, BLOCK_DV, READABLE_V, v.dtype.element_ty)
     for d in tl.range(0, EVEN, BLOCK_DV):
         chunk = d + tl.arange(0, BLOCK_DV)[None, :]
         store_columns(
             y, r, p, shrinks, inverse, v, v_s, S, inside, chunk,
-            BLOCK_L, GROUPS, BLOCK_DV, DV, True, EVEN <= DV, V_LAYOUT, PRECISION,
+            BLOCK_L, GROUPS, BLOCK_DV, DV, EVEN <= READABLE_V, EVEN <= DV, V_LAYOUT, PRECISION,
         )  # fmt: skip
     if EVEN < DV:
         TAIL: tl.constexpr = tail_width(DV, BLOCK_DV)

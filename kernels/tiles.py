@@ -73,6 +73,8 @@ def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dro
     """The tile of the forward for score rows of so many columns, and keys and values so wide."""
     if columns > WHOLE:
         return Tile(64, ((64,),), 32, 64, 4)
+    if dtype == torch.float32 and 128 < columns <= 224:
+        return Tile(64, split(columns, 4, (32, 16)), 16, 16, 4)
     if dtype == torch.float32:
         return _single_precision(target, columns)
     if columns <= 128:
@@ -94,6 +96,8 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
     """The tile of the backward's row kernel for score rows of so many columns, and keys and values so wide."""
     if columns > WHOLE:
         return Tile(64, ((64,),), 32, 32, 4)
+    if dtype == torch.float32 and 128 < columns <= 224:  # eight warps compute every product twice, four spill
+        return Tile(64, split(columns, 7, (16,)), 16, 16, 8)
     if dtype == torch.float32:
         return _single_precision(target, columns)
     if columns <= 128:
@@ -103,6 +107,9 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
         return Tile(128, split(columns, 4, (32, 16)), 32, 32, 8)
     if columns <= 224:
         return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
+    if columns <= 320 and dropped and target.capability == 90:  # a second stage spills
+        groups = tuple(widths[::-1] for widths in split(columns, 4, (32, 16)))
+        return Tile(128, groups, 16, 32, 8, stages=1)
     if columns <= 320 and dropped and target.capability >= 120:
         return Tile(128, split(columns, 6, (32, 16)), 16, 16, 8)
     if columns <= 320 and dropped:
@@ -125,12 +132,13 @@ def _has_short_rest(width: int) -> bool:
 def _single_precision(target: Target, columns: int) -> Tile:
     """float32 weights take twice the registers, and three TF32 products hold both halves of their operands.
 
-    Groups of one block each spill least. 5 of them want tiles of 16 rows, which read keys and values twice as often.
+    Groups of one block each spill least. From 224 columns on they want tiles of 16 rows, which read keys and values
+    more often; there the weights wait in shared memory.
     """
     if columns <= 128:
         return Tile(64, split(columns, 1, (64, 16)), 32, 32 if target.capability < 120 else 16, 4)
-    if 256 < columns <= 320:
-        return Tile(16, split(columns, 5, (64, 16)), 16, 16, 4)
+    if 224 < columns <= 320:
+        return Tile(16, split(columns, -(-columns // 64), (64, 16)), 16, 16, 4)
     if columns > 320 and target.shared_memory < 104 * KIB:
         return Tile(32, split(columns, -(-columns // 80), (64, 16)), 32, 16, 4)
     return Tile(32, split(columns, -(-columns // 64), (64, 16)), 32, 16, 4)
