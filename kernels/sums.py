@@ -277,11 +277,12 @@ def plan_products(
         **strides(b if a2 is None else a2, "a2_b a2_h a2_row"),
         **strides(b if b2 is None else b2, "b2_b b2_h b2_k"), **strides(out, "c_b c_h c_m"),
     }  # fmt: skip
-    if (
-        transposed and not kept_b and heads == 1 and _follow(images, depth, a, b, a2, b2)
-    ):  # all images' rows are one axis
-        depth, outer = images * depth, 1
+    if transposed and not kept_b and heads == 1 and _follow(images, depth, a, b, a2, b2):
+        # All images' rows are one axis, whose stride is no longer 0 where an image has one row only.
+        rows_of = {"a_row": a, "b_k": b, "a2_row": a2, "b2_k": b2}
+        steps |= {name: x.stride(0) // depth for name, x in rows_of.items() if x is not None}
         steps |= dict.fromkeys(("a_b", "b_b", "a2_b", "b2_b"), 0)
+        depth, outer = images * depth, 1
     tile = tiles.product(target, a.dtype, width)
     count = groups * triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
     splits = _splits(count, outer * triton.cdiv(depth, tile.depth), least=8)
@@ -318,7 +319,9 @@ def plan_products(
 
 def _follow(images: int, depth: int, *operands: Tensor | None) -> bool:
     """Whether every operand has all images, and each image's rows follow those of the image before."""
-    return all(x is None or (x.shape[0] == images and x.stride(0) == depth * x.stride(2)) for x in operands)
+    return all(
+        x is None or (x.shape[0] == images and (depth == 1 or x.stride(0) == depth * x.stride(2))) for x in operands
+    )
 
 
 def _splits(tiles: int, steps: int, *, least: int) -> int:

@@ -78,6 +78,7 @@ CASES = {
     "everything dropped": Case((B, L, DK), (S, DK), (S, DV), (B, L, DV), dropout_p=1.0, need_row_sum=True),
     "negative scale": Case((B, L, DK), (S, DK), (S, DV), None, scale=-0.9),
     "scale zero": Case((B, L, DK), (S, DK), (S, DV), None, scale=0.0),
+    "SSA of one region": Case((B, 1, DK), (S, DK), (S, DV), (B, 1, DV)),
     "one of each": Case((1, 1), (1, 1), (1, 1), (1, 1)),
     "residual of another dtype": Case(
         (B, L, DK), (S, DK), (S, DV), (B, L, DV), residual_dtype=torch.float64, dropout_p=0.2
