@@ -14,7 +14,7 @@ from bda_fused.kernels.launch import Launch, Target
 
 ENABLED = os.environ.get("BDA_FUSED_AUTOTUNE") == "1"
 
-# The lengths of the steps of sums, and of the chunks of a result: what may change without another grid.
+# The lengths of the steps of sums, and of the chunks of a result: they may change where no grid rests on them.
 _STEPS = ("BLOCK_DK", "BLOCK_DV", "BLOCK_K")
 _fastest: dict[str, Launch] = {}
 
@@ -22,7 +22,7 @@ _fastest: dict[str, Launch] = {}
 def candidates(launch: Launch, target: Target) -> list[Launch]:
     """The launch itself, and its neighbours that fit into the shared memory of ``target``."""
     found = [launch, replace(launch, options=launch.options | {"num_stages": launch.options["num_stages"] + 1})]
-    for name in (name for name in _STEPS if name in launch.constants):
+    for name in (name for name in _STEPS if name in launch.constants and name not in launch.fixed):
         step = launch.constants[name]
         sizes = [size for size in (step // 2, step * 2) if 16 <= size <= 128]
         found += [replace(launch, constants=launch.constants | {name: size}) for size in sizes]

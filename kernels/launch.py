@@ -42,7 +42,8 @@ class Launch:
     """One launch of a kernel, not yet made.
 
     kernel: the Triton function. grid: the number of programs. arguments: its tensors and numbers at run time, by name.
-    constants: its compile-time constants, by name. options: num_warps and num_stages.
+    constants: its compile-time constants, by name. options: num_warps and num_stages. fixed: the constants that the
+    grid rests on.
     """
 
     kernel: Any
@@ -50,6 +51,7 @@ class Launch:
     arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, Any]
     options: dict[str, int]
+    fixed: tuple[str, ...] = ()
 
     def run(self) -> None:
         """Launch on the tensors' device, on its current stream; with BDA_FUSED_AUTOTUNE=1 what was fastest there."""

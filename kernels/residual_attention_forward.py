@@ -283,7 +283,8 @@ def plan_forward(
         "PRECISION": precision,
     }
     grid = rows.groups * triton.cdiv(rows.length, tile.rows)
-    kernel = residual_attention_forward
     if tile.columns < scores[3]:
-        kernel, grid = residual_attention_long_forward, grid * triton.cdiv(value.shape[3], tile.chunk)
-    return [Launch(kernel, grid, arguments, constants, tile.options)]
+        grid *= triton.cdiv(value.shape[3], tile.chunk)
+        kernel = residual_attention_long_forward
+        return [Launch(kernel, grid, arguments, constants, tile.options, fixed=("BLOCK_DV",))]
+    return [Launch(residual_attention_forward, grid, arguments, constants, tile.options)]

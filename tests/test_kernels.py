@@ -196,6 +196,15 @@ def test_autotuning_takes_the_fastest_neighbour_that_fits(monkeypatch):
     assert timed.constants == chosen.constants
 
 
+def test_autotuning_keeps_what_the_grid_rests_on():
+    """Of long score rows every program computes BLOCK_DV columns: with another step some would not be computed."""
+    long = replace(gpu_resources.CASES["SSA, A=102, C=350"], key=(601, 350), value=(601, 350), bias=(601,))
+    launch = gpu_resources.launches(long, torch.bfloat16, SM80)[0]
+    found = autotune.candidates(launch, SM80)
+    assert len(found) > 1
+    assert {each.constants["BLOCK_DV"] for each in found} == {launch.constants["BLOCK_DV"]}
+
+
 def test_refuses_old_gpus_and_other_devices_in_one_sentence(monkeypatch):
     from bda_fused.backends.problem import Problem
 
