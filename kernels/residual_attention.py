@@ -73,6 +73,8 @@ def backward(
     need_query, need_key, need_value, need_bias = needs
     if grad_y.dtype == torch.float64:  # of a residual in float64
         grad_y = grad_y.float()
+    if grad_weights is not None and any(grad_weights.stride(axis) == 0 for axis in (0, 1)):
+        grad_weights = grad_weights.contiguous()  # to the kernel, a stride of 0 says that the map is shared
     grad_y, query, key, value = map(with_unit_stride, (grad_y, query, key, value))
     precision, target = dot_precision(query.dtype, query.dtype), Target.of(query.device)
     threshold, keep_scale = survival(dropout_p)

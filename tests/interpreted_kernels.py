@@ -90,6 +90,19 @@ def test_any_strides_of_operands_and_of_the_incoming_gradient(layout):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_an_incoming_gradient_of_the_map_that_is_one_for_all_images():
+    torch.manual_seed(0)
+    operands = [leaf(B, L, DK), leaf(S, DK), leaf(S, DV)]
+    upstream = torch.randn(L, S).expand(B, L, S)
+    ours, theirs = (
+        torch.autograd.grad(
+            F.residual_attention(*operands, need_weights=True, backend=backend)[1], operands[:2], upstream
+        )
+        for backend in ("triton", "eager")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shapes", [
     ((0, L, DK), (S, DK), (S, DV), (0, L, DV)),
     ((B, 0, DK), (S, DK), (S, DV), (B, 0, DV)),
