@@ -14,6 +14,8 @@ from torch import Tensor
 from bda_fused import shapes
 
 KIB = 1024
+# No tile of tiles.py has more rows.
+_LARGEST_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ class Rows:
     """How a problem's (b, h, l) are split into groups, one for each set of keys, and the rows that ask them.
 
     Batch axes that keys and values share belong to the rows. Where the memory of every operand with rows allows it,
-    they become one axis with l; elsewhere (``divided``) a kernel divides the row number.
+    they become one axis with l; elsewhere, and where they lie very far apart, a kernel divides the row number
+    (``divided``).
     """
 
     def __init__(
@@ -160,7 +163,8 @@ class Rows:
         self.merged_b = images > 1 and heads == 1 and shared_b and all(b == length * l for b, _, l, _ in steps)
         if self.merged_b:
             images, length = 1, images * length
-        self.divided = (images > 1 and shared_b) or (heads > 1 and shared_h)
+        far = any(_LARGEST_TILE * l >= 2**31 for *_, l, _ in steps)  # else distances within a tile are 32-bit numbers
+        self.divided = (images > 1 and shared_b) or (heads > 1 and shared_h) or far
         self.batch = (1 if shared_b else images), (1 if shared_h else heads)
         self.groups = self.batch[0] * self.batch[1]
         self.length = (images if shared_b else 1) * (heads if shared_h else 1) * length

@@ -325,8 +325,11 @@ def _follow(images: int, depth: int, *operands: Tensor | None) -> bool:
 
 
 def _splits(tiles: int, steps: int, *, least: int) -> int:
-    """Into how many parts of at least ``least`` steps a sum is cut, so that some hundred programs share the work."""
-    return max(1, min(steps // least, triton.cdiv(256, tiles)))
+    """Into how many parts of at least ``least`` steps a sum is cut, so that some hundred programs share the work.
+
+    Their product with the number of steps is a 32-bit number in the kernel.
+    """
+    return max(1, min(steps // least, triton.cdiv(256, tiles), (2**31 - 1) // steps))
 
 
 def plan_sum(x: Tensor, columns: int, out: Tensor) -> list[Launch]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bda_fused.kernels import autotune, tiles
+from bda_fused.kernels import autotune, sums, tiles
 from bda_fused.kernels.launch import KIB, Launch, Target, layout, readable_width
 
 from bda_fused import functional as F
@@ -127,6 +127,11 @@ def test_offsets_past_the_32_bit_range_are_computed_in_64_bits():
     assert not rows.divided
     assert rows.length == 3 * 2**20
     assert rows.strides(huge, "b h l") == {"b": 0, "h": 0, "l": 2048}
+    keys, far = torch.empty(1, 1, 64, 8, device="meta"), torch.empty(1, device="meta")
+    for step, divided in ((2**24 - 1, False), (2**24, True)):
+        operand = far.as_strided((1, 1, 128, 8), (0, 0, step, 1))
+        assert Rows((1, 1, 128, 64), keys=(keys,), rows=(operand,)).divided is divided
+    assert sums._splits(1, 2**24, least=8) * 2**24 < 2**31
 
 
 def test_every_capability_has_a_tile_within_its_shared_memory():
