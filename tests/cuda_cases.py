@@ -16,8 +16,8 @@ class Case:
     """One problem. Shapes are those of the operands; None leaves one out.
 
     value None: the key is the value. residual "query": the query is the residual. layout: operand -> a function that
-    gives it other strides. masked: share of the keys that a bias of -inf masks. masked_row: also mask the first row
-    wholly. bias_size: what normal numbers are multiplied by for the bias.
+    gives it other strides. masked: share of the keys that the bias masks. masked_row: also mask the first row wholly.
+    mask: the bias that does. bias_size: what normal numbers are multiplied by for the bias.
     """
 
     query: tuple[int, ...]
@@ -28,6 +28,7 @@ class Case:
     bias_size: float = 1.0
     masked: float = 0.0
     masked_row: bool = False
+    mask: float = -torch.inf
     scale: float | None = None
     dropout_p: float = 0.0
     need_weights: bool = False
@@ -98,7 +99,7 @@ def make_operands(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, T
         masked = torch.rand(case.bias, generator=generator) < case.masked
         if case.masked_row:
             masked[..., 0, :] = True
-        operands["attn_bias"] = bias.masked_fill(masked, -torch.inf)
+        operands["attn_bias"] = bias.masked_fill(masked, case.mask)
     operands = {name: None if x is None else x.to(device) for name, x in operands.items()}
     for name, lay_out in case.layout.items():
         operands[name] = lay_out(operands[name])

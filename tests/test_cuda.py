@@ -20,6 +20,7 @@ from tests.cuda_device import SOURCE_OF, module, simulated
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 SHAPE = (2, 21, 20)
+LEAST = torch.finfo(FP32).min
 CASES = {
     # Every kind of attention in every dtype.
     **{f"ssa {dtype}": ssa(2, 21, 12, 20, dtype=dtype) for dtype in (BF16, FP16, FP32)},
@@ -49,6 +50,12 @@ CASES = {
     },
     "masked row": ssa(2, 21, 12, 20, bias=(21, 12), masked=0.2, masked_row=True, need_weights=True, need_row_sum=True),
     "masked keys that all share": ssa(2, 21, 12, 20, bias=(12,), masked=0.5),
+    # Rows whose keys are all masked by a finite number attend to all alike.
+    **{
+        f"all keys masked by a finite bias {shape}": ssa(2, 11, keys, 20, bias=shape, mask=LEAST, masked=masked)
+        for keys, shape, masked in ((12, (12,), 1.0), (12, (11, 12), 1.0), (12, (11, 1), 0.5), (600, (11, 600), 1.0))
+    },
+    "row masked by a finite bias": ssa(2, 11, 12, 20, bias=(11, 12), mask=LEAST, masked=0.3, masked_row=True),
     # Peaked rows, which a rounded map does not add up to 1, and a yardstick that is exact in them.
     **{f"peaked by a bias, {s} regions": rsa(2, s, 20, scale=0.01, bias_size=8.0) for s in (33, 600)},
     "600 float32 attributes, large scores": ssa(

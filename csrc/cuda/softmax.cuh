@@ -17,6 +17,9 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+// A bias in units of log 2. Towards zero: the largest finite numbers, with which some mask keys, stay finite.
+__device__ inline float in_log2(float bias) { return __fmul_rz(bias, kLog2e); }
+
 // Whether the bias of a key is the same for all rows of a group.
 __device__ inline bool rows_share_bias(const RowArguments& args) {
   return args.bias.row == 0 && (args.inner_batches == 1 || args.bias.batch == 0) &&
@@ -29,7 +32,7 @@ __device__ void load_key_bias(const RowArguments& args, const SharedMemory<Eleme
   const bool given = args.bias.data != nullptr && rows_share_bias(args);
   const float* bias = static_cast<const float*>(args.bias.data) + (given ? offset(args.bias, at) : 0);
   for (int key = threadIdx.x; key < Tile::kKeys; key += kThreads) {
-    shared.key_bias[key] = key >= args.keys ? -INFINITY : given ? bias[key * args.bias_key] * kLog2e : 0.f;
+    shared.key_bias[key] = key >= args.keys ? -INFINITY : given ? in_log2(bias[key * args.bias_key]) : 0.f;
   }
 }
 
@@ -70,8 +73,8 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
         if (args.bias_key == 0) {
 #pragma unroll
           for (int j = 0; j < kKeyBlocks; ++j) {
-            scores[i][j][2 * half] += *bias * kLog2e;
-            scores[i][j][2 * half + 1] += *bias * kLog2e;
+            scores[i][j][2 * half] += in_log2(*bias);
+            scores[i][j][2 * half + 1] += in_log2(*bias);
           }
         } else {
 #pragma unroll
@@ -79,7 +82,7 @@ __device__ bool softmax(float (&scores)[Tile::kRowTiles][Tile::kKeyBlocks][4], c
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const int key = Tile::column(j) + e;
-              if (key < args.keys) scores[i][j][2 * half + e] += bias[key] * kLog2e;
+              if (key < args.keys) scores[i][j][2 * half + e] += in_log2(bias[key]);
             }
           }
         }
