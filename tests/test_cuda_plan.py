@@ -9,6 +9,7 @@ import torch
 
 from bda_fused import _native, backends
 from bda_fused.backends import cuda, cuda_plan
+from bda_fused.backends.batch_sum import batch_sum
 from bda_fused.backends.cuda_plan import Device, PackArguments, RowArguments, Tile
 from bda_fused.backends.cuda_products import ProductArguments, SumArguments
 from bda_fused.backends.problem import Problem
@@ -61,6 +62,14 @@ def test_launch_refuses(arguments, sentence):
 def test_failed_launch_names_the_kernel():
     with pytest.raises(RuntimeError, match="pack_rows did not launch: "):
         _native.module("_cuda").launch("pack_rows", 1, 256, 0, bytes(PackArguments()), stream=0)
+
+
+@pytest.mark.gpu
+@needs_module
+def test_failed_launch_is_not_blamed_on_the_next():
+    with pytest.raises(RuntimeError, match="pack_rows did not launch: "):
+        _native.module("_cuda").launch("pack_rows", 1, 256, 2**20, bytes(PackArguments()), stream=0)
+    assert batch_sum(torch.ones(2, 3, device="cuda")).eq(2).all()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ namespace bda_fused {
 namespace {
 
 void check(cudaError_t error, const std::string& name) {
-  if (error != cudaSuccess) throw std::runtime_error(name + " did not launch: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: the next launch would be blamed
+  throw std::runtime_error(name + " did not launch: " + cudaGetErrorString(error));
 }
 
 // A kernel may use more than 48 KiB of shared memory only after it was told so, once on every device.
