@@ -1,5 +1,5 @@
-// Copies rows of any alignment to rows that are 16-byte aligned, for the copies of keys and values that go past the
-// registers. One thread a 16-byte unit, eight lanes 128 bytes of a row.
+// Copies rows of any alignment to rows that are 16-byte aligned: keys and values, which the row kernel loads 16 bytes at
+// a time. One thread a 16-byte unit, eight lanes 128 bytes of a row.
 
 #include "copy.cuh"
 #include "kernels.h"
