@@ -94,8 +94,8 @@ def test_row_tile_is_chosen_by_waves_and_shared_memory(device, groups, rows, key
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_99_kib_are_enough_for_every_problem(element, direction):
     itemsize = 4 if element.startswith("tf32") else 2
-    assert max(cuda_plan.key_groups(2000, CONSUMER)) == 320
-    for keys in range(1, 321):
+    most = max(cuda_plan.key_groups(2000))
+    for keys in range(1, most + 1):
         tile = cuda_plan.choose_tile(cuda_plan.TILES[element][direction], 1, 9800, keys, itemsize, CONSUMER)
         assert tile.shared_bytes(itemsize) <= 99 * 1024
 

@@ -106,7 +106,7 @@ def forward(
     first, second = _aligned((key, value), launches)
     assert first is not None
     device = _device(query.device)
-    out = _accumulator(y, keys, device)
+    out = _accumulator(y, keys)
     rows = RowProblem(
         device,
         "forward",
@@ -123,7 +123,7 @@ def forward(
         dropout_p=options.dropout_p,
         pointers={
             "row_sum": row_sum if options.need_row_sum else None,
-            "statistics": _statistics(row_sum, problem, device),
+            "statistics": _statistics(row_sum, problem),
         },
     )
     _run(launches + rows.launches(), query.device)
@@ -179,7 +179,7 @@ def backward(
     out = None
     if need_query and query_per_row:
         grad_query = query.new_empty(query.shape)
-        out = _accumulator(grad_query, keys, device)
+        out = _accumulator(grad_query, keys)
     summands = None
     launches: list[Launch] = []
     if scores_grad is not None or dropped is not None or out is not None or need_summands:
@@ -203,7 +203,7 @@ def backward(
                 "row_sum_grad": None if grad_row_sum is None else grad_row_sum.contiguous(),
                 "scores_grad": scores_grad,
                 "dropped": dropped,
-                "statistics": _statistics(query, problem, device),
+                "statistics": _statistics(query, problem),
             },
         )
         if need_summands:
@@ -250,15 +250,15 @@ def _map_like(x: Tensor, problem: Problem) -> Tensor:
     return padded_rows(x, problem.scores, WEIGHTS_PITCH)
 
 
-def _accumulator(out: Tensor, keys: int, device: Device) -> Tensor:
+def _accumulator(out: Tensor, keys: int) -> Tensor:
     """Where the kernel writes ``out``: several groups of keys add up in float32."""
-    if len(cuda_plan.key_groups(keys, device)) == 1 or out.dtype == torch.float32:
+    if len(cuda_plan.key_groups(keys)) == 1 or out.dtype == torch.float32:
         return out
     return torch.empty_like(out, dtype=torch.float32)
 
 
 def _aligned(operands: Sequence[Tensor | None], launches: list[Launch]) -> list[Tensor | None]:
-    """Keys and values as the kernel copies them: as they are, or packed once, by a launch that is added."""
+    """Keys and values as the kernel loads them: as they are, or packed once, by a launch that is added."""
     packed: dict[tuple[object, ...], Tensor] = {}
     result: list[Tensor | None] = []
     for x in operands:
@@ -274,9 +274,9 @@ def _aligned(operands: Sequence[Tensor | None], launches: list[Launch]) -> list[
     return result
 
 
-def _statistics(x: Tensor, problem: Problem, device: Device) -> Tensor | None:
+def _statistics(x: Tensor, problem: Problem) -> Tensor | None:
     """What the groups of keys know of each other, where there are several: two numbers of each for every row."""
-    groups = len(cuda_plan.key_groups(problem.scores[3], device))
+    groups = len(cuda_plan.key_groups(problem.scores[3]))
     return x.new_empty((2, groups, *problem.scores[:3]), dtype=torch.float32) if groups > 1 else None
 
 

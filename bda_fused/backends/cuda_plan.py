@@ -25,7 +25,7 @@ from bda_fused import dropout, shapes
 THREADS = 256
 _WARPS = THREADS // 32
 _CHUNK = 128  # bytes of a row that are on chip at a time
-_MOST_KEYS = 512  # whose scores fit on chip
+_MOST_KEYS = 512  # whose scores fit on chip; a multiple of 4, as the dropout mask's counters are
 
 # What a block costs beside its rows, in rows: its keys and values are loaded for any number of them.
 _BLOCK_OVERHEAD = 16
@@ -200,15 +200,9 @@ def choose_tile(tiles: Sequence[Tile], groups: int, rows: int, keys: int, itemsi
     )
 
 
-def key_groups(keys: int, device: Device) -> list[int]:
+def key_groups(keys: int) -> list[int]:
     """How many keys each launch sees: all of them, where they fit on chip."""
-    most = _group_size(device)
-    return [min(most, keys - first) for first in range(0, keys, most)]
-
-
-def _group_size(device: Device) -> int:
-    """Two stages of so many keys are held at a time. A multiple of 4, as the dropout mask's counters are."""
-    return _MOST_KEYS if device.shared_limit >= 160 * 1024 else 320
+    return [min(_MOST_KEYS, keys - first) for first in range(0, keys, _MOST_KEYS)]
 
 
 @dataclass(frozen=True)
@@ -260,7 +254,7 @@ class RowProblem:
         groups, rows = batches * heads // (inner_batches * inner_heads), inner_batches * inner_heads * queries
         tiles = TILES[element_name(self.left.dtype)][self.direction]
         itemsize = self.left.element_size()
-        tile = choose_tile(tiles, groups, rows, key_groups(self.scores[3], self.device)[0], itemsize, self.device)
+        tile = choose_tile(tiles, groups, rows, key_groups(self.scores[3])[0], itemsize, self.device)
         return BlockShape(tile, groups, -(-rows // tile.rows), inner_batches, inner_heads)
 
     @property
@@ -269,13 +263,13 @@ class RowProblem:
 
     def launches(self) -> list[Launch]:
         """One launch where all keys fit on chip; else two for every group of keys, and the results add up."""
-        shape, groups = self.shape(), range(len(key_groups(self.scores[3], self.device)))
+        shape, groups = self.shape(), range(len(key_groups(self.scores[3])))
         steps = [_WHOLE] if len(groups) == 1 else [_STATISTICS, _RESULTS]
         return [self._launch(shape, step, group) for step in steps for group in groups]
 
     def _launch(self, shape: BlockShape, step: int, group: int) -> Launch:
         batches, heads, queries, total_keys = self.scores
-        first_key, keys = group * _group_size(self.device), key_groups(total_keys, self.device)[group]
+        first_key, keys = group * _MOST_KEYS, key_groups(total_keys)[group]
         itemsize = self.left.element_size()
         pass_units = shape.tile.pass_units(self.out_width, itemsize)
         tensors: dict[str, Tensor] = {}
@@ -321,7 +315,7 @@ class RowProblem:
             total_keys=total_keys,
             first_key=first_key,
             group=group,
-            groups=len(key_groups(total_keys, self.device)),
+            groups=len(key_groups(total_keys)),
             step=step,
             added_kind=0 if added is None else KINDS[added.dtype],
             out_kind=0 if self.out is None else KINDS[self.out.dtype],
