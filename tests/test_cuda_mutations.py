@@ -27,13 +27,15 @@ def aligned_with_nan_behind(x):
 SSA = ssa(2, 21, 13, 23)
 DROPOUT = ssa(2, 21, 13, 20, dropout_p=0.4, need_row_sum=True)
 MAP = vsa(2, 13, 21, 20, need_weights=True)
+LEAST = rsa(2, 13, 20, masked=1.0, mask=torch.finfo(torch.float32).min)
 
 # What is wrong, file, what the file says, what it says instead, the case that must fail, and how.
 MUTATIONS = [
     ("keys behind the last are not masked", "softmax.cuh", "key >= args.keys ? -INFINITY", "key < 0 ? -INFINITY", SSA, AssertionError),
     ("the scale is lost", "softmax.cuh", "args.scale * kLog2e", "kLog2e", SSA, AssertionError),
     ("a lane is left out of the row's maximum and sum", "reduce.cuh", "x[i][half], 2)", "x[i][half], 0)", SSA, AssertionError),
-    ("the bias is not in units of log 2", "softmax.cuh", "+= bias[key] * kLog2e", "+= bias[key]", rsa(2, 13, 20), AssertionError),
+    ("the bias is not in units of log 2", "softmax.cuh", "+= in_log2(bias[key])", "+= bias[key]", rsa(2, 13, 20), AssertionError),
+    ("the least float becomes -inf", "softmax.cuh", "__fmul_rz(bias, kLog2e)", "bias * kLog2e", LEAST, AssertionError),
     ("a row without a key divides by 0", "softmax.cuh", "sum[i][half] == 0.f ? 0.f : 1.f", "1.f", rsa(2, 13, 20, masked_row=True), AssertionError),
     ("stages are read before they arrive", "products.cuh", "    wait_for_copies<2>();\n", "", ssa(2, 21, 13, 200), ptxsim.Fault),
     ("words are shifted before they arrive", "products.cuh", "    wait_for_copies<1>();\n", "", SSA, ptxsim.Fault),
