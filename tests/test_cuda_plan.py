@@ -238,15 +238,18 @@ def test_missing_module_is_the_reason(monkeypatch):
     assert cuda.can_run(problem()) == "the extension module bda_fused._cuda was not built: no luck"
 
 
-def test_auto_passes_over_the_kernel_where_the_model_says_that_it_loses(monkeypatch):
-    monkeypatch.setattr(cuda, "can_run", lambda problem: None)
+def test_auto_passes_over_fused_kernels_where_the_model_says_that_they_lose(monkeypatch):
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(backends.module(name), "can_run", lambda problem: None)
     shapes = [(2, 9, 1024), (256, 1024), (256, 1024)]
     operands = [torch.zeros(shape, dtype=BF16) for shape in shapes]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     explanation = backends.explain(*operands)
     assert explanation.backend == "eager"
-    assert explanation.refused["cuda"].startswith("for 256 keys of width 1024 two matrix products are faster")
-    assert backends.explain(*operands, backend="cuda").backend == "cuda"
+    for name in ("cuda", "triton"):
+        reason = f"for 256 keys of width 1024 two matrix products are faster than the {name} backend on this GPU"
+        assert explanation.refused[name].startswith(reason)
+        assert backends.explain(*operands, backend=name).backend == name
     assert backends.explain(operands[0], *(x[129:] for x in operands[1:])).backend == "cuda"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert backends.explain(*operands).backend == "cuda"

@@ -68,13 +68,7 @@ def can_run(problem: Problem) -> str | None:
 
 def advice(problem: Problem) -> str | None:
     """None, or one sentence that says why another backend should be faster: by the model of docs/gpu_model.md."""
-    keys, width = problem.scores[3], min(problem.widths)
-    if keys >= 128 and width >= 1024 and torch.cuda.get_device_capability(problem.device) >= (9, 0):
-        return (
-            f"for {keys} keys of width {width} two matrix products are faster than the cuda backend on this GPU, "
-            "by the model of docs/gpu_model.md"
-        )
-    return None
+    return problem.advice_against_fusing("cuda")
 
 
 def forward(

@@ -59,3 +59,17 @@ class Problem(NamedTuple):
             device=query.device,
             widths=(query.shape[3], value.shape[3]),
         )
+
+    def advice_against_fusing(self, backend: str) -> str | None:
+        """None, or one sentence that says why two matrix products should be faster than a fused kernel on a GPU.
+
+        Every row tile reads all keys and values: where these are many bytes, and tensor cores are fast, that takes
+        longer than the products do.
+        """
+        keys, width = self.scores[3], min(self.widths)
+        if keys >= 128 and width >= 1024 and torch.cuda.get_device_capability(self.device) >= (9, 0):
+            return (
+                f"for {keys} keys of width {width} two matrix products are faster than the {backend} backend "
+                "on this GPU, by the model of docs/gpu_model.md"
+            )
+        return None

@@ -59,6 +59,11 @@ def can_run(problem: Problem) -> str | None:
     return None
 
 
+def advice(problem: Problem) -> str | None:
+    """None, or one sentence that says why another backend should be faster."""
+    return None if _interpreted() else problem.advice_against_fusing("triton")
+
+
 def forward(
     problem: Problem,
     query: Tensor,
