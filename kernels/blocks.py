@@ -14,6 +14,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-2.35e38)  # which LOG2_E times is still finite in float32
 
 
 @triton.constexpr_function
@@ -258,14 +259,16 @@ def keep(seed, row, threshold, FIRST, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_bias(bias, inside, cols, stride, S, BY_ROW: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr):
-    """The bias of so many columns, -inf beyond S: [BLOCK_L, width] at pointers [BLOCK_L, 1], or one row of it."""
+    """The bias in units of log 2, -inf beyond S: [BLOCK_L, width] at pointers [BLOCK_L, 1], or one row of it."""
     offsets = cols if UNIT else cols * stride
     if BY_ROW:
         mask = inside[:, None] & (cols < S)[None, :] if LAST else inside[:, None]
-        return tl.load(bias + offsets[None, :], mask=mask, other=-float("inf")).to(tl.float32)
+        added = tl.load(bias + offsets[None, :], mask=mask, other=-float("inf")).to(tl.float32)
     else:
         added = tl.load(bias + offsets, mask=cols < S, other=-float("inf")) if LAST else tl.load(bias + offsets)
-        return added.to(tl.float32)[None, :]
+        added = added.to(tl.float32)[None, :]
+    # Finite numbers, with the least of which some mask keys, stay finite.
+    return tl.where(added == -float("inf"), added, tl.maximum(added, LEAST)) * LOG2_E
 
 
 @triton.jit
@@ -290,7 +293,7 @@ def scaled_scores(
         cols = first_column(GROUPS, g, j) + tl.arange(0, GROUPS[g][j])  # [width]
         x = products[j] * (scale * LOG2_E)
         if bias is not None:
-            x += load_bias(bias, inside, cols, bias_s, S, BIAS_BY_ROW, UNIT_BIAS, is_last(GROUPS, g, j)) * LOG2_E
+            x += load_bias(bias, inside, cols, bias_s, S, BIAS_BY_ROW, UNIT_BIAS, is_last(GROUPS, g, j))
         elif is_last(GROUPS, g, j):
             x = tl.where((cols < S)[None, :], x, -float("inf"))
         scores = scores + (x,)

@@ -17,8 +17,8 @@ B, H, L, S, DK, DV = 3, 2, 5, 19, 7, 37
 class Case:
     """Shapes of the operands, None for those that are not there, and the options of ``functional.attend``.
 
-    value None: the key is the value. residual "query": the query is the residual. masked: a row of the bias is all
-    -inf, another has two keys left.
+    value None: the key is the value. residual "query": the query is the residual. masked: what a row of the bias is
+    filled with, and another but for two keys.
     """
 
     query: tuple[int, ...]
@@ -29,7 +29,7 @@ class Case:
     scale: float = 0.6
     dropout_p: float = 0.0
     need_row_sum: bool = False
-    masked: bool = False
+    masked: float | None = None
     residual_dtype: torch.dtype | None = None
 
     def operands(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -40,8 +40,8 @@ class Case:
         for name, shape in shapes.items():
             if shape is not None:
                 x = torch.randn(shape)
-                if name == "bias" and self.masked:
-                    x[..., 1, :], x[..., 0, 2:] = -torch.inf, -torch.inf
+                if name == "bias" and self.masked is not None:
+                    x[..., 1, :], x[..., 0, 2:] = self.masked, self.masked
                 kind = (
                     torch.float32 if name == "bias" else (self.residual_dtype or dtype) if name == "residual" else dtype
                 )
@@ -74,7 +74,10 @@ CASES = {
     "heads": Case((B, H, L, DK), (1, H, S, DK), (B, 1, S, DV), (1, 1, L, DV), bias=(1, H, L, S), dropout_p=0.3),
     "heads, shared keys": Case((B, H, L, DK), (1, 1, S, DK), (1, 1, S, DV), None, bias=(B, 1, 1, S)),
     "heads, keys per head": Case((B, H, L, DK), (1, H, S, DK), (1, H, S, DV), (B, H, L, DV), dropout_p=0.3),
-    "masked keys and rows": Case((B, L, DK), (S, DK), (S, DV), (B, L, DV), bias=(L, S), masked=True),
+    "masked keys and rows": Case((B, L, DK), (S, DK), (S, DV), (B, L, DV), bias=(L, S), masked=-torch.inf),
+    "masked by the least number": Case(
+        (B, L, DK), (S, DK), (S, DV), (B, L, DV), bias=(L, S), masked=torch.finfo(torch.float32).min
+    ),
     "everything dropped": Case((B, L, DK), (S, DK), (S, DV), (B, L, DV), dropout_p=1.0, need_row_sum=True),
     "negative scale": Case((B, L, DK), (S, DK), (S, DV), None, scale=-0.9),
     "scale zero": Case((B, L, DK), (S, DK), (S, DV), None, scale=0.0),
