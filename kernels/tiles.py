@@ -1,4 +1,5 @@
-"""The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of every entry.
+"""The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of the entries that released
+sizes take: nothing spills. Others can spill, above all those of 321 to 512 columns.
 
 What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
 than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time; every group reads the
