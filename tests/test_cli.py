@@ -236,7 +236,7 @@ def test_explain_refuses_images_that_are_not_there(option, value, trained, tmp_p
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_training_that_is_stopped_leaves_nothing(number, code, word, tmp_path, monkeypatch, capsys):
+def test_training_that_is_stopped_leaves_nothing(number, code, word, tmp_path, monkeypatch, capsys, request):
     from bda_fused.zsl import run
 
     def stop(*_, **__):
@@ -244,7 +244,10 @@ def test_training_that_is_stopped_leaves_nothing(number, code, word, tmp_path, m
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(run, "train", stop)
-    before = signal.getsignal(number)
+    # Python's own: a job in the background inherits that SIGINT is ignored.
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, before)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     found, _, stderr = command("train", "--out", tmp_path / "new" / "out", capsys=capsys)
     assert found == code
     assert stderr == f"bda-fused: {word}, nothing was written\n"
