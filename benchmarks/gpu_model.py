@@ -129,11 +129,11 @@ def only(tile: Tile, direction: str) -> Iterator[None]:
         tiles[direction] = before
 
 
-def count(problem: Problem, tile: Tile) -> Counts:
-    """The simulator's counts of the row kernel."""
+def count(problem: Problem, tile: Tile, shared_limit: int) -> Counts:
+    """The simulator's counts of the row kernel, on a GPU with so much shared memory for a block."""
     case = problem.case(tile)
     direction = "backward" if problem.backward else "forward"
-    with simulated(shared_limit=227 * 1024) as device, only(tile, direction):
+    with simulated(shared_limit=shared_limit) as device, only(tile, direction):
         cases.run(cases.make_operands(case), case, "cuda")
     launch, report = next(
         (launch, report)
@@ -194,13 +194,10 @@ def triton_l2() -> float:
 
 
 def rows_of(problems: list[Problem]) -> Iterator[str]:
-    known: dict[tuple[Problem, Tile], Counts] = {}
     for problem in problems:
         for gpu in GPUS:
             tile = problem.tile(gpu)
-            if (problem, tile) not in known:
-                known[problem, tile] = count(problem, tile)
-            counts = known[problem, tile]
+            counts = count(problem, tile, gpu.device.shared_limit)
             resources = bounds(problem, counts, tile, gpu)
             limiter, bound = max(resources.items(), key=lambda item: item[1])
             least = floor(problem, gpu)

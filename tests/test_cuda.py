@@ -138,6 +138,38 @@ def test_float32_precision_follows_torch(precision):
     assert 1e-5 < error < 1e-2 if precision == "high" else error < 2e-6
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ssa(2, 50, 102, 350),
+        ssa(2, 50, 102, 377, dropout_p=0.3, dtype=FP16),
+        ssa(1, 50, 90, 200, dtype=FP32),
+        ssa(1, 40, 600, 24, dropout_p=0.3),
+        vsa(2, 21, 49, 44),
+    ],
+)
+def test_left_rows_that_stay_on_chip_change_no_bit(case, monkeypatch):
+    case = case.but(residual="query")
+    operands = cases.make_operands(case)
+    shared_bytes = cuda_plan.Tile.shared_bytes
+
+    def results():
+        torch.manual_seed(5)
+        with simulated(shared_limit=227 * 1024) as device:
+            values = cases.run(operands, case, "cuda")
+        rows = [x.arguments for x in device.launches if x.kernel.startswith("residual_attention")]
+        return values, sum(x.added_kind == cuda_plan.LEFT for x in rows)
+
+    on_chip, staying = results()
+    monkeypatch.setattr(
+        cuda_plan.Tile, "shared_bytes", lambda *arguments: 2**30 if any(arguments[2:]) else shared_bytes(*arguments)
+    )
+    from_memory, none = results()
+    assert staying > none == 0
+    for name, x in on_chip.items():
+        assert torch.equal(x, from_memory[name]), name
+
+
 def test_small_shared_memory():
     """The 99 KiB of consumer cards, at CUB's sizes."""
     with simulated(shared_limit=99 * 1024) as device:

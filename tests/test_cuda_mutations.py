@@ -26,6 +26,7 @@ def aligned_with_nan_behind(x):
 
 SSA = ssa(2, 21, 13, 23)
 DROPOUT = ssa(2, 21, 13, 20, dropout_p=0.4, need_row_sum=True)
+STAYING = ssa(2, 21, 13, 23, dropout_p=0.4).but(residual="query")
 MAP = vsa(2, 13, 21, 20, need_weights=True)
 LEAST = rsa(2, 13, 20, masked=1.0, mask=torch.finfo(torch.float32).min)
 
@@ -44,8 +45,10 @@ MUTATIONS = [
     ("rows of odd address lose their shift", "copy.cuh", "8 * (shift & 3)", "0", SSA, AssertionError),
     ("what lies behind a row is multiplied", "products.cuh", "if (valid < 16) x = cut(x, valid);", "", ssa(2, 21, 13, 23, layout={"query": with_nan_behind}), AssertionError),
     ("what lies behind a key is multiplied", "products.cuh", "right.template cut_last<BLOCKS>(now, position);", "", ssa(2, 21, 13, 23, layout={"key": aligned_with_nan_behind}), AssertionError),
-    ("rows behind the last value are multiplied", "products.cuh", "WHOLE || key(i) < rest", "true", ssa(2, 21, 13, 23, layout={"value": aligned_with_nan_behind}), ptxsim.Fault),
+    ("rows behind the last value are multiplied", "products.cuh", "WHOLE || distance(i) < own_rest", "true", ssa(2, 21, 13, 23, layout={"value": aligned_with_nan_behind}), ptxsim.Fault),
     ("a slice is overwritten while it is read", "store.cuh", "row_tile % 2 * shared.kSlice", "0 * row_tile", SSA, ptxsim.Fault),
+    ("rows that stay are added from the row above", "store.cuh", "Shared::kLeftPitch * row;", "Shared::kLeftPitch * (row ^ 8);", STAYING, AssertionError),
+    ("what is added is scaled", "store.cuh", "x = fmaf(x, factor, widen(left[k]))", "x = factor * (x + widen(left[k]))", STAYING, AssertionError),
     ("the last column of a run spills into the next row", "store.cuh", "column + column_in_unit + k < size", "true", SSA, (AssertionError, ptxsim.Fault)),
     ("Philox has a round too few", "philox.cuh", "round < 10", "round < 9", DROPOUT, AssertionError),
     ("neighbouring lanes do not swap their words", "philox.cuh", "return {{got0, got1, words.z, words.w}}", "return {{words.x, words.y, words.z, words.w}}", DROPOUT, AssertionError),

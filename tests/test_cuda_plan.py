@@ -101,6 +101,19 @@ def test_99_kib_are_enough_for_every_problem(element, direction):
 
 
 @pytest.mark.parametrize(
+    ("device", "keys", "width", "stay"),
+    [(H100, 312, 350, True), (H100, 312, 512, True), (H100, 312, 2048, False), (A100, 312, 350, False)],
+)
+def test_rows_that_are_added_stay_on_chip_where_they_fit(device, keys, width, stay):
+    x, shared = torch.zeros(1, 1, 9800, width, dtype=BF16), torch.zeros(1, 1, keys, width, dtype=BF16)
+    problem = cuda_plan.RowProblem(device, "forward", (1, 1, 9800, keys), x, shared, shared, x, x.clone(), None, 1.0)
+    (launch,) = problem.launches()
+    assert (launch.arguments.added_kind == cuda_plan.LEFT) == stay
+    assert ("added" not in launch.tensors) == stay
+    assert launch.shared <= device.shared_limit
+
+
+@pytest.mark.parametrize(
     ("width", "units"), [(350, [22]), (377, [24]), (437, [16, 12]), (500, [16, 16]), (2048, [24] * 5 + [8]), (1, [1])]
 )
 def test_passes_are_even_rounds_over_the_warps(width, units):

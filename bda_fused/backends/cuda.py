@@ -100,15 +100,16 @@ def forward(
     first, second = _aligned((key, value), launches)
     assert first is not None
     device = _device(query.device)
+    left = with_unit_stride(query)
     out = _accumulator(y, keys)
     rows = RowProblem(
         device,
         "forward",
         problem.scores,
-        left=with_unit_stride(query),
+        left=left,
         first=first,
         second=second,
-        added=None if residual is None else with_unit_stride(residual),
+        added=left if residual is query else None if residual is None else with_unit_stride(residual),
         out=out,
         weights=weights if weights.numel() else None,
         scale=options.scale,

@@ -24,13 +24,15 @@ from bda_fused import dropout, shapes
 
 THREADS = 256
 _WARPS = THREADS // 32
-_CHUNK = 128  # bytes of a row that are on chip at a time
+_CHUNK = 128  # bytes of a row that are one stage on chip
+_STAGES = 4  # of left rows that do not stay; a power of two
 _MOST_KEYS = 512  # whose scores fit on chip; a multiple of 4, as the dropout mask's counters are
 
 # What a block costs beside its rows, in rows: its keys and values are loaded for any number of them.
 _BLOCK_OVERHEAD = 16
 
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+LEFT = 4  # what is added are the left rows, which stay on chip
 _WHOLE, _STATISTICS, _RESULTS = range(3)
 
 
@@ -95,7 +97,7 @@ class RowArguments(ctypes.Structure):
         ("threshold", ctypes.c_uint32),
         ("keep_scale", ctypes.c_float),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("left_unit", "pass_units", "consecutive")),
+        *((name, ctypes.c_int32) for name in ("left_unit", "left_offset", "left_mask", "pass_units", "consecutive")),
     ]
 
 
@@ -156,12 +158,23 @@ class Tile:
         passes = max(-(-units // (_WARPS * self.units)), 1)
         return _round_up(-(-units // passes), _WARPS)
 
-    def shared_bytes(self, itemsize: int) -> int:
+    @property
+    def _stage(self) -> int:
+        """Bytes of a chunk of the left rows on chip."""
+        return 2 * (80 * self.rows + 64)
+
+    def _map_and_slices(self, itemsize: int) -> int:
+        return self.rows * (self.keys * itemsize + 16) + 2 * 16 * 4 * (self.units * _WARPS * 32 // itemsize + 16)
+
+    def left_offset(self, itemsize: int, staying: int = 0) -> int:
+        """Where the left rows begin on chip, behind the map; staying: bytes of each, where all of them stay."""
+        return self._map_and_slices(itemsize) if staying else 2 * 9 * 16 * self.rows
+
+    def shared_bytes(self, itemsize: int, staying: int = 0) -> int:
         """csrc/cuda/tile.cuh, SharedMemory."""
-        left = 4 * 2 * (80 * self.rows + 64) + 2 * 9 * 16 * self.rows
-        map_rows = self.rows * (self.keys * itemsize + 16)
-        slices = 2 * 16 * 4 * (self.units * _WARPS * 32 // itemsize + 16)
-        return max(left, map_rows + slices) + 4 * self.keys + 2 * 4 * self.rows * _WARPS + self.rows * (32 + 12)
+        left = self.left_offset(itemsize, staying) + (-(-staying // _CHUNK) or _STAGES) * self._stage
+        lasting = 4 * self.keys + 2 * 4 * self.rows * _WARPS + self.rows * (32 + 12)
+        return lasting + max(left, self._map_and_slices(itemsize))
 
 
 _NARROW, _WIDE, _LONG = Tile(96, 128), Tile(96, 320), Tile(32, _MOST_KEYS)
@@ -291,11 +304,15 @@ class RowProblem:
         added = self.added
         if step == _RESULTS and group > 0:
             added = self.out  # the groups before this one
+        adds_left = added is self.left and self.out is not None and step != _STATISTICS
+        staying = self.left.shape[3] * itemsize if adds_left else 0
+        if shape.tile.shared_bytes(itemsize, staying) > self.device.shared_limit:
+            staying = 0
         arguments = RowArguments(
             left=operand("left", self.left),
             first=operand("first", self.first, keys_along=2),
             second=operand("second", self.second, keys_along=2),
-            added=operand("added", added),
+            added=operand("added", None if staying else added),
             out=pointer("out", self.out),
             bias=operand("bias", self.bias, keys_along=3),
             bias_key=0 if self.bias is None else shapes.step(self.bias, 3),
@@ -317,17 +334,19 @@ class RowProblem:
             group=group,
             groups=len(key_groups(total_keys)),
             step=step,
-            added_kind=0 if added is None else KINDS[added.dtype],
+            added_kind=LEFT if staying else 0 if added is None else KINDS[added.dtype],
             out_kind=0 if self.out is None else KINDS[self.out.dtype],
             threshold=threshold,
             keep_scale=keep_scale,
             scale=self.scale,
             left_unit=_copied_unit(self.left, shape),
+            left_offset=shape.tile.left_offset(itemsize, staying),
+            left_mask=-1 if staying else _STAGES - 1,
             pass_units=pass_units,
-            consecutive=_consecutive(added, heads, queries, shape),
+            consecutive=_consecutive(None if staying else added, heads, queries, shape),
         )
         name = f"residual_attention_{self.direction}_{element_name(self.left.dtype)}_{shape.tile.name}"
-        return Launch(name, shape.grid, shape.tile.shared_bytes(itemsize), arguments, tensors)
+        return Launch(name, shape.grid, shape.tile.shared_bytes(itemsize, staying), arguments, tensors)
 
 
 def _copied_unit(x: Tensor, shape: BlockShape) -> int:

@@ -12,9 +12,9 @@ namespace bda_fused {
 struct Place {
   int group, first_row, rows;
 
-  __device__ Place(const RowArguments& args, int tile_rows)
-      : group(blockIdx.x / args.tiles),
-        first_row(blockIdx.x % args.tiles * tile_rows),
+  __device__ Place(const RowArguments& args, int tile_rows, unsigned block = blockIdx.x)
+      : group(block / args.tiles),
+        first_row(block % args.tiles * tile_rows),
         rows(min(tile_rows, args.inner_batches * args.inner_heads * args.queries - first_row)) {}
 
   // Of a row of the tile; rows behind the last stand where the last does.
@@ -91,7 +91,7 @@ __device__ void load_map(const Rows& from, const RowArguments& args, const Share
       const int unit = first_unit + threadIdx.x % 8;
       const int valid = row < place.rows ? bytes - 16 * unit : -16;
       const uint4 x = cut(join(load_shifted(data + 16 * unit, valid), shift), valid);
-      if (unit < units) store_shared(shared.base + row * shared.kMapPitch + 16 * unit, x);
+      if (unit < units) store_shared(shared.map_address + row * shared.kMapPitch + 16 * unit, x);
     }
   }
   __syncthreads();

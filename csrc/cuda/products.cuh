@@ -34,7 +34,9 @@ struct LeftRows {
   __device__ LeftRows(const RowArguments& args, const Shared& shared, int rows)
       : args(args), shared(shared), rows(rows), bytes(args.width * Size<Element>::kBytes) {}
 
-  __device__ unsigned stage(unsigned chunk) const { return shared.base + chunk % Shared::kStages * Shared::kStage; }
+  __device__ unsigned stage(unsigned chunk) const {
+    return shared.map_address + args.left_offset + (chunk & args.left_mask) * Shared::kStage;
+  }
 
   // Begins to copy a chunk, a group of asynchronous copies. Chunks behind the last are nothing.
   __device__ void copy(int chunk) const {
@@ -54,12 +56,6 @@ struct LeftRows {
   }
 
  private:
-  // Of a word of a row's chunk. Word 4 t + i of 64 bytes is word t of unit i: lane t of four gets from ldmatrix the
-  // words that it has of a key.
-  __device__ static unsigned place(unsigned row, unsigned word) {
-    return word / 16 * Shared::kPlane + row * Shared::kLeftPitch + word % 4 * 16 + word % 16 / 4 * 4;
-  }
-
   __device__ void copy_rows(int chunk) const {
     const unsigned thread = opaque(threadIdx.x), row = thread / 32, word = thread % 32;
     const int position = chunk * kChunk + 4 * word;
@@ -67,7 +63,7 @@ struct LeftRows {
     const std::int64_t pitch = args.left.row * Size<Element>::kBytes;
     const char* from = static_cast<const char*>(args.left.data) + shared.offsets[0].left * Size<Element>::kBytes +
                        position + row * pitch;
-    const unsigned to = stage(chunk) + place(row, word);
+    const unsigned to = stage(chunk) + Shared::left_word(row, word);
     const auto copy = [&](auto is_whole) {
       unrolled<Tile::kRows / kWarps>([&](auto i) {
         const bool exists = is_whole || static_cast<int>(row) + kWarps * i < rows;
@@ -82,7 +78,7 @@ struct LeftRows {
     return static_cast<const char*>(args.left.data) + shared.offsets[row].left * Size<Element>::kBytes;
   }
   __device__ unsigned word(unsigned chunk, unsigned row, unsigned unit) const {
-    return shared.base + Shared::kStages * Shared::kStage + chunk % 2 * Shared::kWords + 16 * (9 * row + unit);
+    return shared.map_address + chunk % 2 * Shared::kWords + 16 * (9 * row + unit);
   }
 
   // A word is copied if it has a byte of the row.
@@ -101,6 +97,7 @@ struct LeftRows {
   __device__ void shift_words(int chunk) const {
     const unsigned thread = opaque(threadIdx.x), unit = thread % 8;
     const int valid = bytes - chunk * kChunk - 16 * static_cast<int>(unit);
+    const unsigned to = stage(chunk);
     wait_for_copies<1>();
     __syncwarp();  // a row's lanes read each other's words
 #pragma unroll 1
@@ -110,7 +107,7 @@ struct LeftRows {
       if (valid < 16) x = cut(x, valid);
       const unsigned words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) store_shared(stage(chunk) + place(row, 4 * unit + i), words[i]);
+      for (int i = 0; i < 4; ++i) store_shared(to + Shared::left_word(row, 4 * unit + i), words[i]);
     }
     __syncwarp();
   }
@@ -254,27 +251,29 @@ struct ValueRows {
 
   // position: of the pass in a row, in bytes.
   __device__ ValueRows(const char* values, const RowArguments& args, int position)
-      : from(values + key(0) * args.second.row * Size<Element>::kBytes + position + 32 * warp() +
-             4 * (Tile::lane() / 4)),
+      : from(values + first_key() * args.second.row * Size<Element>::kBytes + position +
+             opaque(threadIdx.x) / 4 * 4),  // 32 bytes a warp, 4 a key of the fragment
         pitch(args.second.row * Size<Element>::kBytes),
         rest(args.keys) {}
 
-  // The lane's keys of a step: as in a fragment of the map.
-  __device__ static constexpr int place(int i) { return kKeys == 4 ? i / 2 * 8 + i % 2 : 4 * i; }
-  __device__ static int key(int i) { return Tile::lane() % 4 * (kKeys / 2) + place(i); }
+  // The lane's keys of a step, as in a fragment of the map: the first, and how far behind it the others are.
+  __device__ static int first_key() { return Tile::lane() % 4 * (kKeys / 2); }
+  __device__ static constexpr int distance(int i) { return kKeys == 4 ? i / 2 * 8 + i % 2 : 4 * i; }
 
   // The next step; where it is not WHOLE, zeros behind the last key.
   template <int UNITS, bool WHOLE>
   __device__ void load(unsigned (&words)[Tile::kUnits][kKeys]) {
+    const int own_rest = rest - first_key();
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      const char* row = from + place(i) * pitch;
-      const bool exists = WHOLE || key(i) < rest;
+      const char* row = from + distance(i) * pitch;
+      const bool exists = WHOLE || distance(i) < own_rest;
       unrolled<UNITS>([&](auto j) { words[j][i] = exists ? load_global_word<32 * kWarps * j>(row) : 0; });
     }
     from += Size<Element>::kStep * pitch;
-    rest -= Size<Element>::kStep;
+    skip();
   }
+  __device__ void skip() { rest -= Size<Element>::kStep; }
 
   // The fragment of a block of a unit.
   template <int BLOCK>
@@ -331,6 +330,7 @@ __device__ void multiply_units(Result<Element, Tile>& result, const RowArguments
                                const SharedMemory<Element, Tile>& shared, const char* values, int position) {
   constexpr int kStep = Size<Element>::kStep;
   constexpr int kAhead = Tile::kRowTiles > 4 ? 1 : 2;  // steps on their way: long ones hide a load by themselves
+  constexpr int kOnTheirWay = kAhead * kStep;  // keys, which are to be multiplied beside the rest
   using Fragments = ValueFragments<Element, Tile, UNITS>;
   ValueRows<Element, Tile> rows(values, args, position);
   unsigned words[kAhead][Tile::kUnits][ValueRows<Element, Tile>::kKeys];
@@ -342,9 +342,10 @@ __device__ void multiply_units(Result<Element, Tile>& result, const RowArguments
     for (auto& unit : row_tile) clear(unit);
   }
   // ldmatrix takes the address of row lane % 8 of matrix lane / 8: 16 rows by 2 units of 16 bytes.
-  unsigned address = shared.base + Tile::lane() % 16 * shared.kMapPitch + 16 * (Tile::lane() / 16);
+  const unsigned lane = opaque(threadIdx.x) % 32;
+  unsigned address = shared.map_address + lane % 16 * shared.kMapPitch + 16 * (lane / 16);
 #pragma unroll 1
-  while (rows.rest >= kAhead * kStep) {
+  while (rows.rest >= kOnTheirWay) {
 #pragma unroll
     for (auto& step : words) {
       const Fragments right(step);
@@ -354,18 +355,18 @@ __device__ void multiply_units(Result<Element, Tile>& result, const RowArguments
     }
   }
 #pragma unroll 1
-  for (int keys = rows.rest + kAhead * kStep; keys > 0;) {
+  while (rows.rest > -kOnTheirWay) {
 #pragma unroll
     for (auto& step : words) {
-      if (keys <= 0) break;
+      if (rows.rest <= -kOnTheirWay) break;
+      const bool half = Size<Element>::kBytes == 2 && rows.rest <= kStep / 2 - kOnTheirWay;
       const Fragments right(step);
-      if (rows.rest > 0) rows.template load<UNITS, false>(step);
-      if (Size<Element>::kBytes == 2 && keys <= kStep / 2) {
+      rows.rest > 0 ? rows.template load<UNITS, false>(step) : rows.skip();
+      if (half) {
         right.template multiply<Size<Element>::kBytes == 2>(result, address);
       } else {
         right.template multiply<false>(result, address);
       }
-      keys -= kStep;
       address += 32;
     }
   }

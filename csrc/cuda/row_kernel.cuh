@@ -38,16 +38,20 @@ __device__ __forceinline__ void row_kernel(const RowArguments& args) {
   __syncthreads();  // the map is complete
   constexpr int kColumns = Size<Element>::kUnitColumns;
 #pragma unroll 1
-  for (int unit = 0; unit * kColumns < args.out_width; unit += args.pass_units) {
-    // Counted twice, for the product and for the store: registers are full in between.
+  for (int column = 0; column < args.out_width; column += args.pass_units * kColumns) {
+    // What product and store both need is computed for each: registers are full in between.
     const auto units = [&] {
-      const int columns = opaque(args.out_width) - unit * kColumns;
-      return min(args.pass_units, (columns + kColumns - 1) / kColumns);
+      const int rest = args.out_width - static_cast<int>(opaque(column));
+      return min(args.pass_units, (rest + kColumns - 1) / kColumns);
     };
+    const auto position = [&] { return static_cast<int>(opaque(column)) * Size<Element>::kBytes; };
     Result<Element, Tile> result;
     forget_loads();
-    multiply_values(result, args, shared, keys_of<Element>(args.second, shared.positions[0]), 32 * unit, units());
-    store_pass(result, args, shared, place.rows, kColumns * unit, units(), Map::factor(args));
+    multiply_values(result, args, shared, keys_of<Element>(args.second, shared.positions[0]), position(), units());
+    const bool adds_left = args.added_kind == kLeft;
+    if (adds_left) add_left_rows(result, shared, position(), units(), Map::factor(args));
+    const int rows = Place(args, Tile::kRows, opaque(blockIdx.x)).rows;
+    store_pass(result, args, shared, rows, column, units(), adds_left ? 1.f : Map::factor(args));
   }
 }
 

@@ -91,7 +91,7 @@ __device__ void store_run(T* out, const void* added, Kind kind, const float* sli
       }
     }
   };
-  if (kind == kNone) {
+  if (kind == kNone || kind == kLeft) {
     store_aligned(Number<false>());
   } else if (kind == Pair<T>::kKind && shift == 0) {
     store_aligned(Number<true>());
@@ -106,6 +106,36 @@ __device__ void store_run(T* out, const void* added, Kind kind, const float* sli
         store_global(out + i, sum<T>(y, slice + i, factor));
       } else {
         store_edge(out, added, kind, slice, size, factor, i);
+      }
+    }
+  }
+}
+
+// result = left + factor * result, of left rows that have stayed on chip. position: of the pass in a row, in bytes.
+template <class Element, class Tile>
+__device__ void add_left_rows(Result<Element, Tile>& result, const SharedMemory<Element, Tile>& shared, int position,
+                              int units, float factor) {
+  using Shared = SharedMemory<Element, Tile>;
+  constexpr int kBlocks = Size<Element>::kUnitBlocks, kColumns = 2 * kBlocks;
+  const unsigned lane = opaque(threadIdx.x) % 32;
+  const int first = position + 32 * warp();  // of the warp's units
+  const char* from = shared.map + Shared::kStaying + first / kChunk * Shared::kStage +
+                     Shared::left_word(lane / 4, first % kChunk / 4 + 2 * (lane % 4));
+  const int count = Tile::share(units);
+#pragma unroll
+  for (int j = 0; j < Tile::kUnits; ++j) {
+    if (j >= count) break;
+#pragma unroll
+    for (int row = 0; row < Tile::kRows; row += 8) {
+      // Two neighbouring words, of which the first is even, lie a unit of 16 bytes apart.
+      const char* at = from + 32 * kWarps / kChunk * Shared::kStage * j + Shared::kLeftPitch * row;
+      const unsigned words[2] = {*reinterpret_cast<const unsigned*>(at), *reinterpret_cast<const unsigned*>(at + 16)};
+      typename Element::Storage left[kColumns];
+      memcpy(left, words, 8);
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        float& x = result[row / 16][j][k % kBlocks][row % 16 / 8 * 2 + k / kBlocks];
+        x = fmaf(x, factor, widen(left[k]));
       }
     }
   }

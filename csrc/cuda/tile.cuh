@@ -85,40 +85,47 @@ __device__ inline bool is_owner(const Rows& rows, const Position& at) {
   return (at.batch == 0 || rows.batch != 0) && (at.head == 0 || rows.head != 0);
 }
 
-// Shared memory of a block, of a fixed size. The first part serves two purposes in turn: stages of the left rows; the
-// map and slices of the result. Behind it lies what stays.
+// Shared memory of a block. What stays comes first, of a fixed size; behind it the stages of the left rows, and then in
+// their place the map and slices of the result. Left rows that are added to the result stay too, all of them, behind
+// the slices.
 template <class Element, class Tile>
 struct SharedMemory {
   // A chunk of the left rows is two planes of 64 bytes a row, half a bank cycle apart. Rows lie five units of 16 bytes
   // apart, so that eight of them meet all banks.
   static constexpr int kLeftPitch = 80;
   static constexpr int kPlane = kLeftPitch * Tile::kRows + 64;
-  static constexpr int kStage = 2 * kPlane, kStages = 4;
+  static constexpr int kStage = 2 * kPlane;
   static constexpr int kWords = 9 * 16 * Tile::kRows;  // a chunk as it lies in memory, of which there are two
-  static constexpr int kLeft = kStages * kStage + 2 * kWords;
   // Rows of the map and of a slice: neighbours 16 bytes, or 16 floats, apart in the banks.
   static constexpr int kMapPitch = Tile::kKeys * Size<Element>::kBytes + 16;
   static constexpr int kSlicePitch = Tile::kUnits * kWarps * Size<Element>::kUnitColumns + 16;
   static constexpr int kSlice = 16 * kSlicePitch;  // floats; there are two
   static constexpr int kMap = Tile::kRows * kMapPitch;
-  static constexpr int kOverlaid = kLeft > kMap + 8 * kSlice ? kLeft : kMap + 8 * kSlice;
+  static constexpr int kStaying = kMap + 8 * kSlice;  // where left rows that stay begin, behind the map's address
+  static_assert(2 * kWords <= kStaying, "words that are shifted reach into left rows that stay");
 
-  unsigned base;            // stages, map
-  char* map;                // the same
+  float* key_bias;      // forward, (kKeys): 0, or the bias that all rows share, or -inf behind the last key
+  float* scratch[2];    // (kRows, kWarps), for sums over a row
+  RowOffsets* offsets;  // (kRows)
+  Position* positions;  // (kRows)
+  char* map;
+  unsigned map_address;  // the same, and the words that are shifted
   float* slices;
-  float* key_bias;          // forward, (kKeys): 0, or the bias that all rows share, or -inf behind the last key
-  float* scratch[2];        // (kRows, kWarps), for sums over a row
-  RowOffsets* offsets;      // (kRows)
-  Position* positions;      // (kRows)
 
   __device__ explicit SharedMemory(char* memory)
-      : base(static_cast<unsigned>(__cvta_generic_to_shared(memory))),
-        map(memory),
-        slices(reinterpret_cast<float*>(memory + kMap)),
-        key_bias(reinterpret_cast<float*>(memory + kOverlaid)),
+      : key_bias(reinterpret_cast<float*>(memory)),
         scratch{key_bias + Tile::kKeys, key_bias + Tile::kKeys + Tile::kRows * kWarps},
         offsets(reinterpret_cast<RowOffsets*>(scratch[1] + Tile::kRows * kWarps)),
-        positions(reinterpret_cast<Position*>(offsets + Tile::kRows)) {}
+        positions(reinterpret_cast<Position*>(offsets + Tile::kRows)),
+        map(reinterpret_cast<char*>(positions + Tile::kRows)),
+        map_address(static_cast<unsigned>(__cvta_generic_to_shared(map))),
+        slices(reinterpret_cast<float*>(map + kMap)) {}
+
+  // Of a word of a row's chunk, in a stage. Word 4 t + i of 64 bytes is word t of unit i: lane t of four gets from
+  // ldmatrix the words that it has of a key.
+  __device__ static unsigned left_word(unsigned row, unsigned word) {
+    return word / 16 * kPlane + row * kLeftPitch + word % 4 * 16 + word % 16 / 4 * 4;
+  }
 };
 
 }  // namespace bda_fused
