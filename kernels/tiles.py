@@ -1,13 +1,16 @@
-"""The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of the entries that released
-sizes take: nothing spills. Others can spill, above all those of 321 to 512 columns.
+"""The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of it at released sizes, and at
+sizes that take the other entries: nothing spills.
 
 What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
 than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time; every group reads the
 rows of the query once more. Narrow blocks keep few operands of the products alive. Steps of 64 columns read rows that
 begin anywhere in a sector with fewer sectors than steps of 32. Drawing a dropout mask takes registers too, hence other
-steps and groups. One table serves every GPU from sm_80 up, with other entries where the compiler of a newer one keeps
-more alive; entries that need more than the 99 KiB of shared memory that some GPUs have are only taken where there is
-more.
+steps and groups. Low tiles of blocks that are wider than the tile is high share the columns of a block among their
+warps: a thread then holds a part of the weights, which the value product takes from shared memory, at the price of
+keys that are read more often. Rows of 209 to 512 columns are rounded up to multiples of 64, since one narrow block
+among wide ones makes every warp hold all weights. One table serves every GPU from sm_80 up, with other entries where
+the compiler of a newer one keeps more alive. What sm_80 and sm_120 get fits the 99 KiB of shared memory that some GPUs
+have.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from bda_fused.kernels.launch import KIB, Target
+from bda_fused.kernels.launch import Target
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -47,8 +50,11 @@ class Tile:
 
 
 def pitch(columns: int) -> int:
-    """The row pitch of scratch in which all blocks of a score row have room."""
-    return -(-columns // 16) * 16
+    """The row pitch of scratch in which all blocks of a score row have room: rows of 209 to 512 columns are rounded up
+    to multiples of 64.
+    """
+    unit = 64 if 208 < columns <= WHOLE else 16
+    return -(-columns // unit) * unit
 
 
 def split(columns: int, groups: int, widths: tuple[int, ...]) -> Groups:
@@ -74,55 +80,59 @@ def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dro
     """The tile of the forward for score rows of so many columns, and keys and values so wide."""
     if columns > WHOLE:
         return Tile(64, ((64,),), 32, 64, 4)
-    if dtype == torch.float32 and 128 < columns <= 224:
+    if dtype == torch.float32 and columns > 128 and (dropped or target.capability >= 120):
+        return _wide_single_precision(columns)
+    if dtype == torch.float32 and 128 < columns <= 208:
         return Tile(64, split(columns, 4, (32, 16)), 16, 16, 4)
     if dtype == torch.float32:
         return _single_precision(target, columns)
+    if 208 < columns <= 304 or columns > 320:
+        return _wide(columns)
     if columns <= 128:
         return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
-    if columns <= 224:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
+    if columns <= 208:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
         count = 3 if not dropped else 4 if target.capability < 120 else 7
         return Tile(64, split(columns, count, (32, 16)), 32, 32, 4)
     if columns <= 320 and dropped and target.capability >= 90:
         groups = split(columns, 6, (32, 16))
         spread = groups[::2] + groups[1::2]  # two wide groups in a row spill on sm_120
         return Tile(128, spread if target.capability >= 120 else groups, 16, 16, 8)
-    if columns <= 320:
-        step = 16 if dropped else 64 if target.capability < 100 and _has_short_rest(width) else 32
-        return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
-    return Tile(64, split(columns, 4, (64, 32, 16)), 16, 16, 4)
+    step = 16 if dropped else 64 if target.capability < 100 and _has_short_rest(width) else 32
+    return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
 
 
 def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool) -> Tile:
     """The tile of the backward's row kernel for score rows of so many columns, and keys and values so wide."""
     if columns > WHOLE:
         return Tile(64, ((64,),), 32, 32, 4)
-    if dtype == torch.float32 and 128 < columns <= 224:  # eight warps compute every product twice, four spill
+    if dtype == torch.float32 and 128 < columns <= 208 and target.capability >= 100:  # 64 rows spill
+        return Tile(32, split(columns, 7, (32, 16)), 16, 16, 8)
+    if dtype == torch.float32 and 128 < columns <= 208:  # eight warps compute every product twice, four spill
         return Tile(64, split(columns, 7, (16,)), 16, 16, 8)
     if dtype == torch.float32:
         return _single_precision(target, columns)
+    if 208 < columns <= 304 or columns > 320:
+        return _wide(columns)
     if columns <= 128:
-        step = 32 if dropped else 64
+        step = 32 if dropped and columns > 64 else 64
         return Tile(128, split(columns, 1, (32, 16)), step, step, 8)
-    if columns <= 224 and dropped and target.capability == 90:
-        return Tile(128, split(columns, 4, (32, 16)), 32, 32, 8)
-    if columns <= 224:
+    if columns <= 208 and (target.capability >= 120 or (dropped and target.capability == 90)):
+        return Tile(128, split(columns, 3, (32, 16)), 32, 32, 8)
+    if columns <= 208:
         return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
-    if columns <= 320 and dropped and target.capability == 90:  # a second stage spills
+    if dropped and target.capability == 90:  # a second stage spills
         groups = tuple(widths[::-1] for widths in split(columns, 4, (32, 16)))
         return Tile(128, groups, 16, 32, 8, stages=1)
-    if columns <= 320 and dropped and target.capability >= 120:
+    if dropped and target.capability >= 120:
         return Tile(128, split(columns, 6, (32, 16)), 16, 16, 8)
-    if columns <= 320 and dropped:
+    if dropped:
         return Tile(128, split(columns, 4, (32, 16)), 16, 32, 8)
-    if columns <= 320:
-        if target.capability >= 100:
-            groups = split(columns, 6, (32, 16))
-            narrow_first = target.capability >= 120 and not _has_short_rest(width)
-            return Tile(128, groups[::-1] if narrow_first else groups, 16, 32, 8)
-        step = 64 if target.capability < 90 and _has_short_rest(width) else 32
-        return Tile(128, split(columns, 4, (32, 16)), step, step, 8)
-    return Tile(64, split(columns, 6, (64, 32, 16)), 16, 16, 4)
+    if target.capability >= 100:
+        groups = split(columns, 6, (32, 16))
+        narrow_first = target.capability >= 120 and not _has_short_rest(width)
+        return Tile(128, groups[::-1] if narrow_first else groups, 16, 32, 8)
+    step = 64 if target.capability < 90 and _has_short_rest(width) else 32
+    return Tile(128, split(columns, 4, (32, 16)), step, step, 8)
 
 
 def _has_short_rest(width: int) -> bool:
@@ -130,19 +140,37 @@ def _has_short_rest(width: int) -> bool:
     return width % 64 <= 32
 
 
+def _wide(columns: int) -> Tile:
+    """16-bit rows of more than 208 columns, but for 305 to 320, whose tiles are higher and read keys less often.
+
+    The weights wait in shared memory.
+    """
+    return Tile(32, _blocks_of_64(columns), 16, 64 if columns <= 320 else 32, 4)
+
+
+def _blocks_of_64(columns: int) -> Groups:
+    """Groups of one block each. No block is narrower than a tile of 16 or 32 rows is high: warps share its columns."""
+    return ((64,),) * -(-columns // 64)
+
+
 def _single_precision(target: Target, columns: int) -> Tile:
     """float32 weights take twice the registers, and three TF32 products hold both halves of their operands.
 
-    Groups of one block each spill least. From 224 columns on they want tiles of 16 rows, which read keys and values
+    Groups of one block each spill least. From 209 columns on they want tiles of 16 rows, which read keys and values
     more often; there the weights wait in shared memory.
     """
-    if columns <= 128:
+    if columns <= 112:
         return Tile(64, split(columns, 1, (64, 16)), 32, 32 if target.capability < 120 else 16, 4)
-    if 224 < columns <= 320:
-        return Tile(16, split(columns, -(-columns // 64), (64, 16)), 16, 16, 4)
-    if columns > 320 and target.shared_memory < 104 * KIB:
-        return Tile(32, split(columns, -(-columns // 80), (64, 16)), 32, 16, 4)
-    return Tile(32, split(columns, -(-columns // 64), (64, 16)), 32, 16, 4)
+    if columns <= 128:
+        return Tile(64, split(columns, 2, (16,)), 16, 16, 4)
+    if columns <= 320:
+        return Tile(16, _blocks_of_64(columns), 16, 16, 4)
+    return _wide_single_precision(columns)
+
+
+def _wide_single_precision(columns: int) -> Tile:
+    """Eight warps share the 64 columns of a block and of a chunk: nothing is computed twice. A second stage spills."""
+    return Tile(16, _blocks_of_64(columns), 16, 64, 8, stages=1)
 
 
 @dataclass(frozen=True)

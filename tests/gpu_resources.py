@@ -52,6 +52,21 @@ CASES = {
     "SSA, A=102, C=350, fp32": _ssa(102, 350),
     "SSA, A=312, C=350, fp32": _ssa(312, 350),
     "VSA, A=312, C=350, fp32": _vsa(312, 350),
+    # What no released model runs, for the other entries of tiles.py.
+    "SSA, A=102, C=350, dropout, fp32": _ssa(102, 350, dropout_p=0.1),
+    "SSA, A=312, C=350, dropout, fp32": _ssa(312, 350, dropout_p=0.1),
+    "VSA, A=312, C=350, dropout, fp32": _vsa(312, 350, dropout_p=0.1),
+    **{f"SSA, A={a}, C=350{kind}": _ssa(a, 350) for a in (208, 256, 400, 512) for kind in ("", ", fp32")},
+    **{
+        f"SSA, A={a}, C=350, dropout{kind}": _ssa(a, 350, dropout_p=0.1)
+        for a in (208, 256, 400, 512)
+        for kind in ("", ", fp32")
+    },
+    "SSA, A=16, C=350, dropout": _ssa(16, 350, dropout_p=0.1),
+    "SSA, A=128, C=350, fp32": _ssa(128, 350),
+    "SSA, A=128, C=350, dropout, fp32": _ssa(128, 350, dropout_p=0.1),
+    "SSA, A=304, C=350": _ssa(304, 350),
+    "SSA, A=304, C=350, dropout": _ssa(304, 350, dropout_p=0.1),
 }
 
 
@@ -129,7 +144,8 @@ def main() -> None:
     lines = [
         "# GPU resources of the Triton kernels",
         "",
-        "What the assembler says of every kernel of a training step at released sizes, in bf16 unless it says fp32. Written by",
+        "What the assembler says of every kernel of a training step, at released sizes and at sizes that take the other",
+        "entries of kernels/tiles.py, in bf16 unless it says fp32. Written by",
         "`python -m tests.gpu_resources`; tests compare it. Nothing here was timed, and nothing ran on a GPU. Warps per SM is what registers, shared",
         "memory and the SM's limit of warps allow. Spilled bytes are per thread: nothing spills.",
         "",

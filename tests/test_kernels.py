@@ -15,7 +15,7 @@ from bda_fused.kernels.launch import KIB, Launch, Target, layout, readable_width
 from bda_fused import functional as F
 from bda_fused.backends import triton as backend
 from tests import gpu_resources
-from tests.attention_cases import CASES, check
+from tests.attention_cases import CASES, Case, check
 from tests.simulated_kernels import SM80, simulated
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +45,17 @@ def test_compiled_form(name):
 def test_compiled_form_in_other_dtypes(name, dtype):
     with simulated():
         check(CASES[name], dtype, backend="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("keys", [16, 102, 128, 144, 196, 240, 304, 312, 400, 512])
+def test_compiled_tile(keys, dropout_p, dtype):
+    """Every entry of the table that sm_80 has, with a last tile that is not full and a width that no step divides."""
+    case = Case((2, 35, 45), (keys, 45), (keys, 37), (2, 35, 37), bias=(keys,), dropout_p=dropout_p)
+    with simulated():
+        check(case, dtype, backend="triton")
 
 
 @pytest.mark.gpu
@@ -91,19 +102,23 @@ def test_results_do_not_depend_on_the_order_of_blocks():
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("columns", [1, 16, 49, 85, 102, 128, 196, 224, 312, 320, 400, 512])
+@pytest.mark.parametrize(
+    "columns", [1, 16, 49, 85, 102, 128, 129, 196, 208, 209, 224, 256, 257, 312, 320, 321, 400, 512]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_blocks_hold_a_score_row_and_nothing_to_spare(columns, dtype, dropped):
-    for tile in (
-        tiles.forward(SM80, dtype, columns, 350, dropped=dropped),
-        tiles.forward(SM80, dtype, columns, 377, dropped=dropped),
-        tiles.backward(SM80, dtype, columns, 350, dropped=dropped),
-        tiles.backward(SM80, dtype, columns, 377, dropped=dropped),
-    ):
-        assert tile.columns == tiles.pitch(columns) < columns + 16
-        assert all(width >= 16 and width & (width - 1) == 0 for group in tile.groups for width in group)
-        assert tile.rows >= 16
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_blocks_hold_a_score_row_and_only_the_last_reaches_beyond(columns, dtype, dropped, capability):
+    target = Target(capability, 99 * KIB)
+    for width in (350, 377):
+        ahead = tiles.forward(target, dtype, columns, width, dropped=dropped)
+        back = tiles.backward(target, dtype, columns, width, dropped=dropped)
+        assert back.columns == tiles.pitch(columns), "gradients of scores fill their scratch"
+        assert tiles.pitch(columns) < columns + (16 if columns <= 208 else 64)
+        for tile in (ahead, back):
+            assert columns <= tile.columns < columns + tile.groups[-1][-1]
+            assert all(block >= 16 and block & (block - 1) == 0 for group in tile.groups for block in group)
+            assert tile.rows >= 16
 
 
 def test_what_is_compiled_in_of_strides():
@@ -144,9 +159,9 @@ def test_every_capability_has_a_tile_within_its_shared_memory():
 
 
 def test_a_gpu_with_99_kib_gets_a_tile_that_fits():
-    """sm_86 and sm_89: the float32 entry that needs more, for more than 320 keys, is not theirs."""
+    """sm_86 and sm_89, in float32 and with more than 320 keys."""
     target = Target(86, 99 * KIB)
-    case = replace(gpu_resources.CASES["SSA, A=312, C=350, fp32"], key=(400, 350), value=(400, 350), bias=(400,))
+    case = gpu_resources.CASES["SSA, A=400, C=350, fp32"]
     for launch in gpu_resources.launches(case, torch.float32, target)[:2]:
         assert launch.compile(target).metadata.shared <= target.shared_memory
 
