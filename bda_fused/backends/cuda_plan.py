@@ -308,11 +308,14 @@ class RowProblem:
         staying = self.left.shape[3] * itemsize if adds_left else 0
         if shape.tile.shared_bytes(itemsize, staying) > self.device.shared_limit:
             staying = 0
+        added_kind = 0 if added is None else KINDS[added.dtype]
+        if staying:
+            added, added_kind = None, LEFT
         arguments = RowArguments(
             left=operand("left", self.left),
             first=operand("first", self.first, keys_along=2),
             second=operand("second", self.second, keys_along=2),
-            added=operand("added", None if staying else added),
+            added=operand("added", added),
             out=pointer("out", self.out),
             bias=operand("bias", self.bias, keys_along=3),
             bias_key=0 if self.bias is None else shapes.step(self.bias, 3),
@@ -334,7 +337,7 @@ class RowProblem:
             group=group,
             groups=len(key_groups(total_keys)),
             step=step,
-            added_kind=LEFT if staying else 0 if added is None else KINDS[added.dtype],
+            added_kind=added_kind,
             out_kind=0 if self.out is None else KINDS[self.out.dtype],
             threshold=threshold,
             keep_scale=keep_scale,
@@ -343,7 +346,7 @@ class RowProblem:
             left_offset=shape.tile.left_offset(itemsize, staying),
             left_mask=-1 if staying else _STAGES - 1,
             pass_units=pass_units,
-            consecutive=_consecutive(None if staying else added, heads, queries, shape),
+            consecutive=_consecutive(added, heads, queries, shape),
         )
         name = f"residual_attention_{self.direction}_{element_name(self.left.dtype)}_{shape.tile.name}"
         return Launch(name, shape.grid, shape.tile.shared_bytes(itemsize, staying), arguments, tensors)
