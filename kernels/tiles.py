@@ -86,14 +86,14 @@ def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dro
         return Tile(64, split(columns, 4, (32, 16)), 16, 16, 4)
     if dtype == torch.float32:
         return _single_precision(target, columns)
-    if 208 < columns <= 304 or columns > 320:
+    if _is_wide(columns):
         return _wide(columns)
     if columns <= 128:
         return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
     if columns <= 208:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
         count = 3 if not dropped else 4 if target.capability < 120 else 7
         return Tile(64, split(columns, count, (32, 16)), 32, 32, 4)
-    if columns <= 320 and dropped and target.capability >= 90:
+    if dropped and target.capability >= 90:
         groups = split(columns, 6, (32, 16))
         spread = groups[::2] + groups[1::2]  # two wide groups in a row spill on sm_120
         return Tile(128, spread if target.capability >= 120 else groups, 16, 16, 8)
@@ -111,7 +111,7 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
         return Tile(64, split(columns, 7, (16,)), 16, 16, 8)
     if dtype == torch.float32:
         return _single_precision(target, columns)
-    if 208 < columns <= 304 or columns > 320:
+    if _is_wide(columns):
         return _wide(columns)
     if columns <= 128:
         step = 32 if dropped and columns > 64 else 64
@@ -140,11 +140,13 @@ def _has_short_rest(width: int) -> bool:
     return width % 64 <= 32
 
 
-def _wide(columns: int) -> Tile:
-    """16-bit rows of more than 208 columns, but for 305 to 320, whose tiles are higher and read keys less often.
+def _is_wide(columns: int) -> bool:
+    """Whether 16-bit rows take ``_wide``: above 208 columns, but for 305 to 320, whose tiles read keys less often."""
+    return columns > 208 and not 304 < columns <= 320
 
-    The weights wait in shared memory.
-    """
+
+def _wide(columns: int) -> Tile:
+    """Low tiles of wide blocks: the weights wait in shared memory."""
     return Tile(32, _blocks_of_64(columns), 16, 64 if columns <= 320 else 32, 4)
 
 
