@@ -15,8 +15,8 @@ import torch
 
 from bda_fused.backends import cuda_plan
 from bda_fused.backends.cuda_plan import Device, Tile
-from tests import cuda_cases as cases
-from tests.cuda_cases import Case
+from tests import attention_cases as cases
+from tests.attention_cases import Case
 from tests.cuda_device import simulated
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu_model.md"

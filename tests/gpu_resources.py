@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from bda_fused.kernels.launch import KIB, Launch, Target
 
 from bda_fused import functional as F
 from bda_fused.backends import triton as backend
-from tests.attention_cases import Case
+from tests.attention_cases import Case, make_operands
 
 DOCUMENT = Path(__file__).parent.parent / "docs/gpu_resources.md"
 COLUMNS = ("GPU", "case", "kernel", "warps", "registers", "spilled bytes", "shared KiB", "warps per SM")
@@ -30,12 +29,11 @@ GPUS = {"sm_80": (80, 163, 164), "sm_90": (90, 227, 228), "sm_100": (100, 227, 2
 
 
 def _ssa(attributes: int, dim: int, **options: object) -> Case:
-    shapes = (2, 196, dim), (attributes, dim), (attributes, dim), "query"
-    return replace(Case(*shapes, bias=(attributes,)), **options)
+    return Case((2, 196, dim), (attributes, dim), (attributes, dim), "query", (attributes,), **options)
 
 
 def _vsa(attributes: int, dim: int, regions: int = 196, **options: object) -> Case:
-    return replace(Case((attributes, dim), (2, regions, dim), None, None), **options)
+    return Case((attributes, dim), (2, regions, dim), None, None, **options)
 
 
 CASES = {
@@ -78,16 +76,16 @@ def launches(case: Case, dtype: torch.dtype, target: Target) -> list[Launch]:
     backend.can_run = lambda problem: None
     Target.of = lambda device: target  # type: ignore[method-assign]
     try:
-        operands = case.operands(dtype, "cpu")
+        operands = [None if x is None else x.requires_grad_() for x in make_operands(case.but(dtype=dtype)).values()]
+        query, key, value, residual, bias = operands
         shared = case.residual == "query"
-        key, value = (
-            _padded(operands[name]) if shared and name in operands else operands.get(name) for name in ("key", "value")
-        )
+        if shared:
+            key, value = (None if x is None else _padded(x) for x in (key, value))
         y, *_ = F.attend(
-            operands["query"], key, value, operands.get("residual"), attn_bias=operands.get("bias"),
-            dropout_p=case.dropout_p, residual_is_query=shared, backend="triton",
+            query, key, value, residual, attn_bias=bias, dropout_p=case.dropout_p, residual_is_query=shared,
+            backend="triton",
         )  # fmt: skip
-        torch.autograd.grad(y.sum(), list(operands.values()), allow_unused=True)
+        torch.autograd.grad(y.sum(), [x for x in operands if x is not None], allow_unused=True)
     finally:
         Launch.run, backend.can_run, Target.of = run, can_run, of  # type: ignore[method-assign]
     return planned

@@ -11,7 +11,7 @@ from bda_fused import backends, modules
 from bda_fused import functional as F
 from bda_fused.backends.problem import Options, Problem
 from bda_fused.testing import assert_close, philox_masks
-from tests.attention_cases import CASES, check
+from tests.attention_cases import FORMS, assert_parity
 from tests.parity import recorded_dropout, replayed_dropout, results, twins
 
 B, L, S, DK, DV = 3, 5, 19, 7, 37
@@ -22,9 +22,9 @@ def leaf(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FORMS)
 def test_form(name, dtype):
-    check(CASES[name], dtype, backend="triton")
+    assert_parity(FORMS[name].but(dtype=dtype), "triton")
 
 
 MODULES = [

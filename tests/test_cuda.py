@@ -12,15 +12,13 @@ import pytest
 import torch
 
 from bda_fused.backends import cuda_plan
-from tests import attention_cases
-from tests import cuda_cases as cases
-from tests.cuda_cases import Case, assert_parity, rsa, ssa, vsa
+from tests import attention_cases as cases
+from tests.attention_cases import LEAST, Case, assert_parity, rsa, ssa, vsa
 from tests.cuda_device import SOURCE_OF, module, simulated
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 SHAPE = (2, 21, 20)
-LEAST = torch.finfo(FP32).min
 CASES = {
     # Every kind of attention in every dtype.
     **{f"ssa {dtype}": ssa(2, 21, 12, 20, dtype=dtype) for dtype in (BF16, FP16, FP32)},
@@ -88,19 +86,19 @@ def test_parity(case):
 
 
 # float64 results are not among what this backend computes.
-FORMS = {name: form for name, form in attention_cases.CASES.items() if form.residual_dtype != torch.float64}
+FORMS = {name: form for name, form in cases.FORMS.items() if form.residual_dtype != torch.float64}
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_form(form):
     with simulated():
-        attention_cases.check(form, BF16, backend="cuda")
+        assert_parity(form, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_form_on_a_gpu(form):
-    attention_cases.check(form, BF16, backend="cuda", device="cuda")
+    assert_parity(form, "cuda", device="cuda")
 
 
 @pytest.mark.gpu

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bda_fused import functional as F
 from bda_fused.backends import cuda
-from tests import cuda_cases as cases
-from tests.cuda_cases import rsa, ssa, vsa
+from tests import attention_cases as cases
+from tests.attention_cases import rsa, ssa, vsa
 from tests.cuda_device import SOURCES, simulated
 
 # Operators that read a value on the host, or whose result's shape depends on values.

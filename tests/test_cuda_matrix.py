@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from bda_fused.backends import cuda_plan
-from tests import cuda_cases as cases
-from tests.cuda_cases import Case, assert_parity
+from tests import attention_cases as cases
+from tests.attention_cases import Case, assert_parity
 from tests.cuda_device import SimulatedDevice, simulated
 
 WIDTHS = (1, 7, 64, 300, 350, 377, 437, 500, 512, 2048)

@@ -8,7 +8,7 @@ import torch
 
 from bda_fused.backends import cuda_plan
 from tests import cuda_device, ptxsim
-from tests.cuda_cases import assert_parity, rsa, ssa, vsa
+from tests.attention_cases import assert_parity, rsa, ssa, vsa
 from tests.cuda_device import SOURCES, simulated
 
 

@@ -13,8 +13,8 @@ from bda_fused.backends.batch_sum import batch_sum
 from bda_fused.backends.cuda_plan import Device, PackArguments, RowArguments, Tile
 from bda_fused.backends.cuda_products import ProductArguments, SumArguments
 from bda_fused.backends.problem import Problem
-from tests import cuda_cases as cases
-from tests.cuda_cases import rsa, ssa, vsa
+from tests import attention_cases as cases
+from tests.attention_cases import rsa, ssa, vsa
 from tests.cuda_device import simulated
 
 A100, H100, CONSUMER = Device(108, 163 * 1024), Device(132, 227 * 1024), Device(84, 99 * 1024)

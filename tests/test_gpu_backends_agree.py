@@ -5,9 +5,9 @@ import torch
 
 from bda_fused import functional as F
 from bda_fused import testing
-from tests import cuda_cases as cases
+from tests import attention_cases as cases
 from tests import cuda_device
-from tests.cuda_cases import rsa, ssa, vsa
+from tests.attention_cases import rsa, ssa, vsa
 
 pytest.importorskip("triton")
 from tests import simulated_kernels

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from bda_fused.kernels.launch import KIB, Launch, Target, layout, readable_width
 from bda_fused import functional as F
 from bda_fused.backends import triton as backend
 from tests import gpu_resources
-from tests.attention_cases import CASES, Case, check
+from tests.attention_cases import FORMS, Case, assert_parity
 from tests.simulated_kernels import SM80, simulated
 
 ROOT = Path(__file__).parent.parent
@@ -31,20 +30,20 @@ def test_under_the_interpreter():
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 80
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FORMS)
 def test_compiled_form(name):
     """Every form through the public function, forward and backward, as sm_80 PTX in the simulator: no fault."""
     with simulated() as reports:
-        check(CASES[name], torch.bfloat16, backend="triton")
+        assert_parity(FORMS[name], "triton")
     assert reports
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FORMS)
 def test_compiled_form_in_other_dtypes(name, dtype):
     with simulated():
-        check(CASES[name], dtype, backend="triton")
+        assert_parity(FORMS[name].but(dtype=dtype), "triton")
 
 
 @pytest.mark.slow
@@ -53,16 +52,16 @@ def test_compiled_form_in_other_dtypes(name, dtype):
 @pytest.mark.parametrize("keys", [16, 102, 128, 144, 196, 240, 304, 312, 400, 512])
 def test_compiled_tile(keys, dropout_p, dtype):
     """Every entry of the table that sm_80 has, with a last tile that is not full and a width that no step divides."""
-    case = Case((2, 35, 45), (keys, 45), (keys, 37), (2, 35, 37), bias=(keys,), dropout_p=dropout_p)
+    shapes = (2, 35, 45), (keys, 45), (keys, 37), (2, 35, 37), (keys,)
     with simulated():
-        check(case, dtype, backend="triton")
+        assert_parity(Case(*shapes, dropout_p=dropout_p, need_weights=True, dtype=dtype), "triton")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FORMS)
 def test_form_on_a_gpu(name, dtype):
-    check(CASES[name], dtype, backend="triton", device="cuda")
+    assert_parity(FORMS[name].but(dtype=dtype), "triton", device="cuda")
 
 
 def train(batch, *, attributes=21, regions=6, dim=20, dropout_p=0.0):
@@ -218,7 +217,7 @@ def test_autotuning_takes_the_fastest_neighbour_that_fits(monkeypatch):
 
 def test_autotuning_keeps_what_the_grid_rests_on():
     """Of long score rows every program computes BLOCK_DV columns: with another step some would not be computed."""
-    long = replace(gpu_resources.CASES["SSA, A=102, C=350"], key=(601, 350), value=(601, 350), bias=(601,))
+    long = gpu_resources.CASES["SSA, A=102, C=350"].but(key=(601, 350), value=(601, 350), bias=(601,))
     launch = gpu_resources.launches(long, torch.bfloat16, SM80)[0]
     found = autotune.candidates(launch, SM80)
     assert len(found) > 1
