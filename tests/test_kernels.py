@@ -237,5 +237,9 @@ def test_refuses_old_gpus_and_other_devices_in_one_sentence(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert backend.can_run(problem) is None
-    many = Problem((2**16, 1, 2**15, 3), torch.float32, torch.float32, torch.device("cuda", 0), (8, 8))
-    assert backend.can_run(many) == f"the triton backend takes fewer than 2**31 query rows, got {2**31}"
+    most, many = (
+        Problem((1, 1, rows, 3), torch.float32, torch.float32, torch.device("cuda", 0), (8, 8))
+        for rows in (2**31 - 128, 2**31 - 127)
+    )
+    assert backend.can_run(most) is None
+    assert backend.can_run(many) == "the triton backend takes at most 2147483520 query rows, got 2147483521"
