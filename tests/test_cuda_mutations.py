@@ -26,6 +26,7 @@ def aligned_with_nan_behind(x):
 
 SSA = ssa(2, 21, 13, 23)
 DROPOUT = ssa(2, 21, 13, 20, dropout_p=0.4, need_row_sum=True)
+GAPS = ssa(2, 21, 13, 23, layout={"residual": with_nan_behind})
 STAYING = ssa(2, 21, 13, 23, dropout_p=0.4).but(residual="query")
 MAP = vsa(2, 13, 21, 20, need_weights=True)
 LEAST = rsa(2, 13, 20, masked=1.0, mask=torch.finfo(torch.float32).min)
@@ -50,6 +51,9 @@ MUTATIONS = [
     ("rows that stay are added from the row above", "store.cuh", "Shared::kLeftPitch * row;", "Shared::kLeftPitch * (row ^ 8);", STAYING, AssertionError),
     ("what is added is scaled", "store.cuh", "x = fmaf(x, factor, widen(left[k]))", "x = factor * (x + widen(left[k]))", STAYING, AssertionError),
     ("the last column of a run spills into the next row", "store.cuh", "column + column_in_unit + k < size", "true", SSA, (AssertionError, ptxsim.Fault)),
+    ("a run loses the columns before its first vector", "store.cuh", "index < begin ? index : size", "size", GAPS, AssertionError),
+    ("a run loses the columns behind its last vector", "store.cuh", "end + index - kSize", "size", GAPS, AssertionError),
+    ("what is added loses its shift", "store.cuh", "shifted(words[0], words[1], shift)", "words[0]", GAPS, AssertionError),
     ("Philox has a round too few", "philox.cuh", "round < 10", "round < 9", DROPOUT, AssertionError),
     ("neighbouring lanes do not swap their words", "philox.cuh", "return {{got0, got1, words.z, words.w}}", "return {{words.x, words.y, words.z, words.w}}", DROPOUT, AssertionError),
     ("what survives is not scaled", "residual_attention_forward.cu", "args.seed == nullptr ? 1.f : args.keep_scale", "1.f", DROPOUT, AssertionError),

@@ -58,56 +58,38 @@ __device__ uint4 sum(uint4 added, const float* slice, float factor) {
   return y.rounded();
 }
 
-// The same for the elements [i, i + kSize) of a run that there are, of any kind.
-template <class T>
-__device__ void store_edge(T* out, const void* added, Kind kind, const float* slice, int size, float factor, int i) {
-#pragma unroll 1
-  for (int k = max(i, 0); k < min(i + Vector<T>::kSize, size); ++k) {
-    out[k] = Pair<T>::round(fmaf(slice[k], factor, load_element(added, kind, k)));
-  }
-}
-
-// out[i] = added[i] + factor * slice[i] for i < size, by ``threads`` threads, whole warps, of which this is ``index``.
+// out[i] = added[i] + factor * slice[i] for i < size, by ``threads`` >= 2 kSize threads, of which this is ``index``.
 // slice lies as far behind a multiple of the vector's size as out does. added: of any kind and alignment.
 template <class T>
 __device__ void store_run(T* out, const void* added, Kind kind, const float* slice, int size, float factor, int index,
                           int threads) {
   constexpr int kSize = Vector<T>::kSize;
-  const T* typed = static_cast<const T*>(added);
-  const int before = phase(out), step = threads * kSize;
-  const unsigned whole = max(size - kSize + 1, 0);  // vectors that begin at [0, whole) are
-  const unsigned shift = reinterpret_cast<std::uintptr_t>(typed - before) & 15;
-  const int first = index * kSize - before;
-  const auto store_aligned = [&](auto has_added) {
-    T* to = out + first;
-    const T* with = typed + first;
-    const float* from = slice + first;
-    for (int i = first; i < size; i += step, to += step, with += step, from += step) {
-      if (static_cast<unsigned>(i) < whole) {
-        const uint4 y = has_added ? *reinterpret_cast<const uint4*>(with) : uint4();
-        store_global(to, sum<T>(y, from, factor));
-      } else {
-        store_edge(out, added, kind, slice, size, factor, i);
-      }
+  const auto store_element = [&](int i, float with) { out[i] = Pair<T>::round(fmaf(slice[i], factor, with)); };
+  // Whole vectors are [begin, end). Before and behind them are fewer than kSize elements: one a thread.
+  const int begin = min(-phase(out) & (kSize - 1), size), end = size - ((size - begin) & (kSize - 1));
+  const auto store = [&](auto load_one, auto load_vector) {
+    if (index < 2 * kSize) {
+      const int edge = index >= kSize ? end + index - kSize : index < begin ? index : size;
+      if (edge < size) store_element(edge, load_one(edge));
+    }
+#pragma unroll 1
+    for (int i = begin + index * kSize; i < end; i += threads * kSize) {
+      store_global(out + i, sum<T>(load_vector(i), slice + i, factor));
     }
   };
+  const T* typed = static_cast<const T*>(added);
+  const auto one = [=](int i) { return widen(typed[i]); };
   if (kind == kNone || kind == kLeft) {
-    store_aligned(Number<false>());
-  } else if (kind == Pair<T>::kKind && shift == 0) {
-    store_aligned(Number<true>());
+    store([](int) { return 0.f; }, [](int) { return uint4(); });
+  } else if (kind != Pair<T>::kKind) {
+    for (int i = index; i < size; i += threads) store_element(i, load_element(added, kind, i));
+  } else if (const unsigned shift = reinterpret_cast<std::uintptr_t>(typed + begin) % 16; shift == 0) {
+    store(one, [=](int i) { return *reinterpret_cast<const uint4*>(typed + i); });
   } else {
-    for (int i = first; i - index % 32 * kSize < size; i += step) {  // all lanes of a warp take part in joining
-      uint4 y;
-      if (kind == Pair<T>::kKind) {
-        const int valid = i < 0 ? -16 : (size - i) * static_cast<int>(sizeof(T));
-        y = join(load_shifted(reinterpret_cast<const char*>(typed + i), valid), shift);
-      }
-      if (kind == Pair<T>::kKind && static_cast<unsigned>(i) < whole) {
-        store_global(out + i, sum<T>(y, slice + i, factor));
-      } else {
-        store_edge(out, added, kind, slice, size, factor, i);
-      }
-    }
+    store(one, [=](int i) {
+      const auto* words = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(typed + i) - shift);
+      return shifted(words[0], words[1], shift);
+    });
   }
 }
 
@@ -163,6 +145,7 @@ __device__ void store_rows(const Result<Element, Tile>& result, const RowArgumen
                            const SharedMemory<Element, Tile>& shared, int rows, int first_column, int units,
                            float factor) {
   constexpr int kBlocks = Size<Element>::kUnitBlocks, kColumns = 2 * kBlocks;  // of a lane in a unit
+  constexpr int kRowThreads = kThreads / 16;  // that store one of the 16 rows
   const int size = min(units * Size<Element>::kUnitColumns, args.out_width - first_column);
   const bool one_run = args.consecutive && size == args.out_width;
   const int pitch = one_run ? size : shared.kSlicePitch;
@@ -211,10 +194,11 @@ __device__ void store_rows(const Result<Element, Tile>& result, const RowArgumen
       store_run(out(first_row), added(first_row), args.added_kind, slice + run_before, count * size, factor, thread,
                 kThreads);
     } else {
-      for (int row = thread / 32; row < count; row += kWarps) {
+      const int row = thread / kRowThreads;
+      if (row < count) {
         T* to = out(first_row + row);
         store_run(to, added(first_row + row), args.added_kind, slice + row * pitch + phase(to), size, factor,
-                  thread % 32, 32);
+                  thread % kRowThreads, kRowThreads);
       }
     }
   }
