@@ -78,18 +78,19 @@ __device__ void store_run(T* out, const void* added, Kind kind, const float* sli
     }
   };
   const T* typed = static_cast<const T*>(added);
+  const unsigned shift = reinterpret_cast<std::uintptr_t>(typed + begin) % 16;
   const auto one = [=](int i) { return widen(typed[i]); };
-  if (kind == kNone || kind == kLeft) {
-    store([](int) { return 0.f; }, [](int) { return uint4(); });
-  } else if (kind != Pair<T>::kKind) {
-    for (int i = index; i < size; i += threads) store_element(i, load_element(added, kind, i));
-  } else if (const unsigned shift = reinterpret_cast<std::uintptr_t>(typed + begin) % 16; shift == 0) {
+  if (kind == Pair<T>::kKind && shift == 0) {
     store(one, [=](int i) { return *reinterpret_cast<const uint4*>(typed + i); });
-  } else {
+  } else if (kind == Pair<T>::kKind) {
     store(one, [=](int i) {
       const auto* words = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(typed + i) - shift);
       return shifted(words[0], words[1], shift);
     });
+  } else if (kind == kNone || kind == kLeft) {
+    store([](int) { return 0.f; }, [](int) { return uint4(); });
+  } else {
+    for (int i = index; i < size; i += threads) store_element(i, load_element(added, kind, i));
   }
 }
 
