@@ -24,6 +24,7 @@ from bda_fused.shapes import batch_of, padded_rows, with_unit_stride
 # The map is written by the forward and read by the backward: that saves a third of the backward's products.
 KEEPS_WEIGHTS = True
 # The pitch of the rows of a kept map is a multiple of so many elements: all rows can be copied 16 bytes at a time.
+# kKeptMapPitch of csrc/cuda/arguments.h.
 WEIGHTS_PITCH = 8
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -167,7 +167,11 @@ class Tile:
         return self.rows * (self.keys * itemsize + 16) + 2 * 16 * 4 * (self.units * _WARPS * 32 // itemsize + 16)
 
     def left_offset(self, itemsize: int, staying: int = 0) -> int:
-        """Where the left rows begin on chip, behind the map; staying: bytes of each, where all of them stay."""
+        """Where the stages of left rows begin on chip, from the map's address; staying: bytes of each row that stays.
+
+        Rows that stay lie behind the map and the slices. Others lie where these come later, behind two chunks of words
+        that are still to be shifted.
+        """
         return self._map_and_slices(itemsize) if staying else 2 * 9 * 16 * self.rows
 
     def shared_bytes(self, itemsize: int, staying: int = 0) -> int:

@@ -18,7 +18,7 @@ struct Rows {
 enum Step : std::int32_t { kWhole, kStatistics, kResults };
 
 // Rows of maps that nobody but this backend reads are padded to a multiple of so many elements, 16 bytes at least.
-constexpr int kMapPitch = 8;
+constexpr int kKeptMapPitch = 8;
 
 // What is added may also be the left rows, of a tile that keeps them on chip: kLeft.
 enum Kind : std::int32_t { kNone, kFloat32, kBfloat16, kFloat16, kLeft };
@@ -63,8 +63,9 @@ struct RowArguments {
   float scale;
   std::int32_t left_unit;                      // 4: left rows of a group lie left.row apart, at addresses that are
                                                // multiples of 4; 0: they may not, and are shifted on chip
-  std::int32_t left_offset, left_mask;         // stages of the left rows: where the first lies behind the map, and which
-                                               // bits of a chunk's number say which stage it has
+  std::int32_t left_offset, left_mask;         // stages of the left rows: where the first begins, in bytes from
+                                               // the map's address, and which bits of a chunk's number say which stage
+                                               // it has; behind the slices where left rows stay, else under the map
   std::int32_t pass_units;                     // units of 32 bytes of one pass over out_width's columns
   std::int32_t consecutive;                    // whether a tile's rows of ``added`` and ``out`` follow one another
 };

@@ -51,9 +51,9 @@ __device__ void write_map(const float (&x)[Tile::kRowTiles][Tile::kKeyBlocks][4]
   }
 }
 
-// (B, H, L, S) in rows of a multiple of kMapPitch elements.
+// (B, H, L, S) in rows of a multiple of kKeptMapPitch elements.
 __device__ inline Rows padded_map(const RowArguments& args, void* data) {
-  const std::int64_t row = round_up(args.total_keys, kMapPitch), head = row * args.queries;
+  const std::int64_t row = round_up(args.total_keys, kKeptMapPitch), head = row * args.queries;
   return {data, head * args.heads, head, row};
 }
 
