@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,6 +20,31 @@ def _name(dtype: torch.dtype) -> str:
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def is_finite(number: Real | float) -> bool:
+    """Whether a number is finite as a float; an integer beyond the greatest float is not."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def check_finite(name: str, number: Any, allowed: str = "a finite float") -> None:
+    """A real number that is finite as a float, or TypeError or ValueError."""
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} must be {allowed}, got {type(number).__name__}")
+    if not is_finite(number):
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Integers of at least 1, or TypeError or ValueError."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral):
+            raise TypeError(f"{name} must be an integer, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def check_operand(name: str, tensor: Any) -> None:
@@ -41,13 +66,10 @@ def check_operand(name: str, tensor: Any) -> None:
 def check_options(scale: Any, dropout_p: Any, need_weights: Any, backend: Any, backends: tuple[str, ...]) -> None:
     """The keywords of residual_attention, ssa and vsa."""
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            raise TypeError(f"scale must be a finite float or None, got {type(scale).__name__}")
-        if not math.isfinite(float(scale)):
-            raise ValueError(f"scale must be a finite float or None, got {scale}")
+        check_finite("scale", scale, "a finite float or None")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p must be a float in [0, 1], got {type(dropout_p).__name__}")
-    if not 0 <= float(dropout_p) <= 1:  # refuses NaN too
+    if not is_finite(dropout_p) or not 0 <= float(dropout_p) <= 1:  # refuses NaN too
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     if not isinstance(need_weights, bool):
         raise TypeError(f"need_weights must be True or False, got {type(need_weights).__name__}")

@@ -13,7 +13,6 @@ bda_fused.modules has the same classes with fused attention.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from bda_fused import losses, released
+from bda_fused import _checks, losses, released
 from bda_fused.config import BDAConfig
 
 __all__ = [
@@ -61,6 +60,7 @@ class Attention(nn.Module):
         num_heads: heads, a divisor of ``dim``.
 
     Raises:
+        TypeError: a size that is no integer, or a scale that is no number.
         ValueError: a size below 1, heads that do not divide ``dim``, a probability outside [0, 1], or a scale that is
             not finite.
     """
@@ -79,14 +79,15 @@ class Attention(nn.Module):
         num_heads: int = 1,
     ) -> None:
         super().__init__()
-        if dim < 1 or num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim must be a positive multiple of num_heads, got dim={dim}, num_heads={num_heads}")
+        _checks.check_sizes(dim=dim, num_heads=num_heads)
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}")
         for name, p in (("dropout", dropout), ("kv_dropout", kv_dropout)):
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {p}")
-        for name, factor in (("scale", 0.0 if scale is None else scale), ("kv_scale", kv_scale)):
-            if not math.isfinite(factor):
-                raise ValueError(f"{name} must be finite, got {factor}")
+        if scale is not None:
+            _checks.check_finite("scale", scale, "a finite float or None")
+        _checks.check_finite("kv_scale", kv_scale)
         self.q_proj = nn.Linear(dim, dim, bias=bias)
         self.k_proj = nn.Linear(dim, dim, bias=bias)
         self.v_proj = nn.Linear(dim, dim, bias=bias)
@@ -251,6 +252,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
+        _checks.check_sizes(dim=dim, hidden_dim=hidden_dim)
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden_dim, dim)
@@ -448,7 +450,8 @@ class BDA(nn.Module):
         attribute_vectors: (A, attribute_dim) initial word vectors, trained with the model; default a normal draw.
 
     Raises:
-        ValueError: tensors that do not fit the configuration.
+        TypeError: ``unseen`` is neither a mask nor class indices.
+        ValueError: tensors that do not fit the configuration, or classes that it does not have.
     """
 
     unseen: Tensor
@@ -565,16 +568,15 @@ def class_attribute_matrix(attributes: Tensor) -> Tensor:
 
 
 def _unseen_mask(unseen: Tensor | Iterable[int], num_classes: int) -> Tensor:
-    given = unseen if isinstance(unseen, Tensor) else torch.tensor(list(unseen), device="cpu")
+    if isinstance(unseen, Iterable) and not isinstance(unseen, Tensor):
+        unseen = list(unseen)  # torch takes no sets and no generators
+    given = released.as_classes("unseen", unseen)
     if given.dtype == torch.bool:
         if tuple(given.shape) != (num_classes,):
             raise ValueError(f"unseen must be a mask of {num_classes} classes, got shape {tuple(given.shape)}")
         mask = given.clone()
     else:
-        if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < num_classes):
-            raise ValueError(f"unseen must hold classes 0 to {num_classes - 1}, got {given.tolist()}")
-        mask = torch.zeros(num_classes, dtype=torch.bool, device=given.device)
-        mask[given.long()] = True
+        mask = released.class_mask("unseen", given, num_classes)
     if not 0 < int(mask.sum()) < num_classes:
         raise ValueError(f"unseen must leave seen and unseen classes, got {int(mask.sum())} of {num_classes}")
     return mask

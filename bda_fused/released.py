@@ -161,7 +161,7 @@ def _unseen_classes(config: Mapping[str, Any], mask_bias: Tensor) -> Tensor:
     """Boolean (K,): by "unseenclass", else what "seenclass" leaves, else where mask_bias is positive."""
     flat = _flat(config)
     given = {
-        name: _classes(name, flat[name], len(mask_bias))
+        name: _listed_classes(name, flat[name], len(mask_bias))
         for name in ("seenclass", "unseenclass")
         if flat.get(name) is not None
     }
@@ -175,19 +175,36 @@ def _unseen_classes(config: Mapping[str, Any], mask_bias: Tensor) -> Tensor:
     return ~given["seenclass"] if given else mask_bias > 0
 
 
-def _classes(name: str, value: Any, num_classes: int) -> Tensor:
-    """Boolean (K,) from a list of class indices."""
-    sentence = f"{name} must be a list of class indices, got {value!r}"
+def _listed_classes(name: str, value: Any, num_classes: int) -> Tensor:
+    """Boolean (K,) from a list of class indices, or ValueError: it is a checkpoint that is wrong, not a call."""
     try:
-        indices = torch.as_tensor(value).flatten()
+        indices = as_classes(name, value)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if indices.dtype == torch.bool:
+        raise ValueError(f"{name} must be a list of class indices, got {value!r}")
+    return class_mask(name, indices.cpu(), num_classes)
+
+
+def as_classes(name: str, value: Any) -> Tensor:
+    """Class indices, or a boolean mask of classes, as a tensor; TypeError for anything else."""
+    shown = f"a {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
+    sentence = f"{name} must be a list of class indices, got {shown}"
+    try:
+        classes = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(sentence) from error
-    integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
-    if indices.numel() and not integers:  # torch takes an empty list for floats
-        raise ValueError(sentence)
-    if any(not 0 <= index < num_classes for index in indices.tolist()):
-        raise ValueError(f"{name} must hold classes 0 to {num_classes - 1}, got {value!r}")
-    mask = torch.zeros(num_classes, dtype=torch.bool)
+        raise TypeError(sentence) from error
+    # torch takes an empty list for floats
+    if classes.numel() and (classes.is_floating_point() or classes.is_complex()):
+        raise TypeError(sentence)
+    return classes
+
+
+def class_mask(name: str, indices: Tensor, num_classes: int) -> Tensor:
+    """Boolean (K,) from class indices of any shape; ValueError for a class that is not there."""
+    if any(not 0 <= index < num_classes for index in indices.flatten().tolist()):
+        raise ValueError(f"{name} must hold classes 0 to {num_classes - 1}, got {indices.tolist()}")
+    mask = torch.zeros(num_classes, dtype=torch.bool, device=indices.device)
     mask[indices.long()] = True
     return mask
 

@@ -7,7 +7,7 @@ import torch
 
 from bda_fused import reference
 from bda_fused.config import BDAConfig
-from bda_fused.reference import BDA, RegionSelfAttention, SemanticSynthesisAttention
+from bda_fused.reference import BDA, FeedForward, RegionSelfAttention, SemanticSynthesisAttention
 
 SMALL = {
     "num_classes": 6,
@@ -171,8 +171,12 @@ SMALL_CONFIG = BDAConfig(**SMALL)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SemanticSynthesisAttention(0), "dim must be a positive multiple of num_heads, got dim=0, num_heads=1"),
-        (lambda: SemanticSynthesisAttention(8, num_heads=3), "got dim=8, num_heads=3"),
+        (lambda: SemanticSynthesisAttention(0), "dim must be at least 1, got 0"),
+        (lambda: SemanticSynthesisAttention(8, num_heads=-2), "num_heads must be at least 1, got -2"),
+        (lambda: SemanticSynthesisAttention(8, num_heads=3), "dim must be a multiple .* got dim=8, num_heads=3"),
+        (lambda: SemanticSynthesisAttention(8, scale=10**400), "scale must be a finite float or None, got 1000"),
+        (lambda: SemanticSynthesisAttention(8, kv_scale=math.inf), "kv_scale must be a finite float, got inf"),
+        (lambda: FeedForward(8, 0), "hidden_dim must be at least 1, got 0"),
         (lambda: SemanticSynthesisAttention(8, dropout=1.1), r"dropout must be in \[0, 1\], got 1.1"),
         (lambda: SemanticSynthesisAttention(8, kv_dropout=-1), r"kv_dropout must be in \[0, 1\], got -1"),
         (lambda: RegionSelfAttention(8, grid=(0, 3)), r"grid must be \(H, W\) of at least \(1, 1\), got \(0, 3\)"),
@@ -198,3 +202,36 @@ SMALL_CONFIG = BDAConfig(**SMALL)
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SemanticSynthesisAttention("a"), "dim must be an integer, got 'a'"),
+        (lambda: SemanticSynthesisAttention(8.0), "dim must be an integer, got 8.0"),
+        (lambda: SemanticSynthesisAttention(8, num_heads=True), "num_heads must be an integer, got True"),
+        (lambda: SemanticSynthesisAttention(8, scale="a"), "scale must be a finite float or None, got str"),
+        (lambda: FeedForward(8, 16.0), "hidden_dim must be an integer, got 16.0"),
+        *(
+            (lambda unseen=unseen: BDA(SMALL_CONFIG, torch.rand(6, 7), unseen), f"unseen must be a list .* got {shown}")
+            for unseen, shown in (
+                (torch.tensor([1.5]), "a torch.float32 tensor"),
+                ([1.0], r"\[1.0\]"),
+                (["a"], r"\['a'\]"),
+                ("a", r"\['a'\]"),
+                (None, "None"),
+                ([10**30], r"\[10+\]"),
+            )
+        ),
+    ],
+)
+def test_what_is_of_another_type_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "unseen", [[4, 5], range(4, 6), {4, 5}, torch.tensor([4, 5], dtype=torch.uint8), [False] * 4 + [True] * 2]
+)
+def test_unseen_classes_are_a_mask_or_indices(unseen):
+    assert BDA(SMALL_CONFIG, torch.rand(6, 7), unseen).unseen.tolist() == [False] * 4 + [True] * 2

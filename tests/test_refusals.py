@@ -108,10 +108,12 @@ WRONG_CALLS = [
     # options
     (call, {"scale": float("nan")}, ValueError, "scale must be a finite float or None, got nan"),
     (call, {"scale": float("inf")}, ValueError, "scale must be a finite float or None, got inf"),
+    (call, {"scale": 10**400}, ValueError, "scale must be a finite float or None, got 1000"),
     (call, {"scale": "auto"}, TypeError, "scale must be a finite float or None, got str"),
     (call, {"scale": torch.ones(())}, TypeError, "scale must be a finite float or None, got Tensor"),
     (call, {"dropout_p": -1}, ValueError, "dropout_p must be in [0, 1], got -1"),
     (call, {"dropout_p": 2}, ValueError, "dropout_p must be in [0, 1], got 2"),
+    (call, {"dropout_p": 10**400}, ValueError, "dropout_p must be in [0, 1], got 1000"),
     (call, {"dropout_p": float("nan")}, ValueError, "dropout_p must be in [0, 1], got nan"),
     (call, {"dropout_p": True}, TypeError, "dropout_p must be a float in [0, 1], got bool"),
     (call, {"need_weights": 1}, TypeError, "need_weights must be True or False, got int"),
