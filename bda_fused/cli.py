@@ -1,12 +1,13 @@
 """The `bda-fused` command: train, eval, explain, bench and info.
 
 A request that cannot be met is refused in one sentence on stderr with exit code 2, before anything is written. Work
-that is begun and comes to nothing ends in one sentence too, and leaves nothing behind: training that diverges with exit
-code 1, Ctrl-C and SIGTERM with the codes of shells.
+that is begun and comes to nothing ends in one sentence too, and leaves nothing behind: training that diverges and work
+that the memory does not hold with exit code 1, Ctrl-C and SIGTERM with the codes of shells.
 """
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -288,6 +289,12 @@ def _terminate(*_: object) -> NoReturn:
     raise _Terminated
 
 
+def _missing_memory(error: Exception) -> str | None:
+    """How much memory torch or numpy asked for in vain, by their own words; None for another error."""
+    found = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return found and found[1]
+
+
 def main() -> None:
     """Entry point of `bda-fused`."""
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -296,6 +303,12 @@ def main() -> None:
     except typer.TyperException as error:
         print(f"bda-fused: {error.format_message()}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except (RuntimeError, MemoryError) as error:
+        memory = _missing_memory(error)
+        if memory is None:
+            raise
+        print(f"bda-fused: there is not enough memory for another {memory}", file=sys.stderr)
+        raise SystemExit(Failure.exit_code) from None
     except _Terminated:
         print("bda-fused: terminated, nothing was written", file=sys.stderr)
         raise SystemExit(_TERMINATED) from None

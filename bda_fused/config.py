@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from bda_fused import _checks
+
+# More than any model has: a projection of this width has 17 GB in float32, and far beyond it sizes overflow.
+MAX_SIZE = 2**16
 
 _CHOICES = {
     "stem": ("none", "conv"),
@@ -46,7 +50,7 @@ _DATASETS: dict[str, dict[str, Any]] = {
 class BDAConfig:
     """Sizes and flags of BDA. The defaults are those of the released CUB GZSL run, where the code sets one.
 
-    Sizes:
+    Sizes, each from 1 to 65536:
         num_classes: K, seen and unseen.
         num_attributes: A.
         image_dim: width of the feature map (2048 for ResNet-101; the stem's last width with ``stem="conv"``).
@@ -163,7 +167,7 @@ class BDAConfig:
         elif annotation == "float":
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value):
+            if not _checks.is_finite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
             if "dropout" in name and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
@@ -176,6 +180,8 @@ class BDAConfig:
                 raise TypeError(f"{name} must be {length} integer{'s' * (length > 1)}, got {value!r}")
             if min(sizes) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if max(sizes) > MAX_SIZE:
+                raise ValueError(f"{name} must be at most {MAX_SIZE}, got {value}")
 
     @classmethod
     def released(cls, dataset: str, setting: str = "GZSL") -> BDAConfig:

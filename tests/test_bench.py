@@ -104,11 +104,13 @@ def test_command_writes_table_data_and_plot(tmp_path, capsys):
         ({"passes": ()}, "passes must name at least one, got none"),
         ({"passes": ("backward",)}, r"pass must be one of forward, forward\+backward, got 'backward'"),
         ({"rivals": ("flash",)}, "rival must be one of natural, sdpa, compiled, algebra, ours, got 'flash'"),
-        ({"rounds": 0}, "rounds must be at least 1, got"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0$"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"threads": 1025}, "threads must be at most 1024, got 1025"),
         ({"device": "meta"}, "device must be one that torch can train on here, got 'meta'"),
-        ({"images": ()}, "images must be at least 1, got"),
+        ({"images": ()}, "images must name at least one, got none"),
+        ({"images": (8, 0)}, "images must be at least 1, got 0$"),
+        ({"images": (8, 65537)}, "images must be at most 65536, got 65537"),
     ],
 )
 def test_refusals(options, message):

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from bda_fused import cli
@@ -40,6 +42,7 @@ def trained(tmp_path_factory):
         (("train",), "--out"),
         (("train", "--out", "OUT", "--epochs", "many"), "--epochs"),
         (("train", "--out", "OUT", "--epochs", "0"), "epochs must be at least 1, got 0"),
+        (("train", "--out", "OUT", "--epochs", "1000001"), "epochs must be at most 1000000, got 1000001"),
         (("train", "--out", "OUT", "--lr", "-1"), "lr must lie between 0 and 1, got -1.0"),
         (("train", "--out", "OUT", "--seed", "-3"), "seed must be at least 0, got -3"),
         (
@@ -74,6 +77,8 @@ def trained(tmp_path_factory):
             (("bench", f"--{option}", ","), f"--{option} must name at least one, got ','")
             for option in ("datasets", "dims", "regions", "images", "passes")
         ),
+        (("bench", "--rounds", "0"), "rounds must be at least 1, got 0\n"),
+        (("bench", "--images", "100000000", "--dims", "100000"), "dims must be at most 65536, got 100000"),
         (("bench", "--dims", "wide"), "--dims must be whole numbers separated by commas, got 'wide'"),
         (("dance",), "dance"),
     ],
@@ -100,16 +105,30 @@ def test_refusals(arguments, message, tmp_path, monkeypatch, capsys):
         ('{"bda": {"stem_channels": 5}}', "stem_channels must be 3 integers, got 5"),
         ('{"speed": 1}', "there is no setting 'speed'"),
         ('{"bda": {"dropout": 3}}', "dropout must be in [0, 1], got 3"),
+        ('{"bda": {"dim": 99999999}}', "dim must be at most 65536, got 99999999"),
+        ('{"bda": {"ffn_dim": 99999999999999999999999}}', "ffn_dim must be at most 65536, got 99999999999999999999999"),
+        ('{"bda": {"fsqrt": 1' + 400 * "0" + "}}", "fsqrt must be finite, got 1000"),
         ("[1, 2]", "mapping"),
+        (100_000 * "[", "config.json is not valid JSON: maximum recursion depth exceeded"),
         ("{", "not"),
     ],
+    ids=lambda text: text[:60],
 )
 def test_configuration_files_are_refused(content, message, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     code, _, stderr = command("train", "--out", tmp_path / "out", "--config", tmp_path / "config.json", capsys=capsys)
     assert code == 2
     assert message in stderr
+    assert stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_yaml_file_that_is_nested_too_deeply_is_refused(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(100_000 * "[")
+    code, _, stderr = command("train", "--out", tmp_path / "out", "--config", tmp_path / "config.yaml", capsys=capsys)
+    assert code == 2
+    assert "config.yaml is not valid YAML: maximum recursion depth exceeded" in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_a_directory_in_use_is_refused(tmp_path, capsys):
@@ -181,6 +200,7 @@ def make_infinite(run):
         (make_infinite, "class scores must be finite, got inf or nan"),
         (lambda run: (run / "metrics.json").unlink(), "it holds no metrics.json"),
         (lambda run: (run / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda run: (run / "config.json").write_text(100_000 * "["), "is not valid JSON: maximum recursion depth"),
         (lambda run: (run / "config.json").write_text("{}"), "must hold the entries training and model, got none"),
         (lambda run: edit(run, "model", dim=32), "its configuration asks for"),
         (
@@ -197,6 +217,7 @@ def make_infinite(run):
         "infinite weights",
         "no metrics",
         "broken configuration",
+        "nested configuration",
         "empty configuration",
         "other dims",
         "other classes",
@@ -263,6 +284,35 @@ def test_training_that_diverges_fails_in_one_sentence(tmp_path, capsys):
     assert "bda-fused: training diverged in epoch 1: losses must be finite, got total inf, sce " in stderr
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("allocate", "size"),
+    [
+        (lambda: torch.empty(2**60, dtype=torch.uint8), "1152921504606846976 bytes"),
+        (lambda: numpy.empty(2**60, numpy.uint8), "1.00 EiB"),
+    ],
+    ids=["torch", "numpy"],
+)
+def test_work_that_the_memory_does_not_hold_fails_in_one_sentence(allocate, size, tmp_path, monkeypatch, capsys):
+    from bda_fused.bench import run
+
+    monkeypatch.setattr(run, "measure_all", lambda *_, **__: allocate())
+    code, _, stderr = command("bench", "--out", tmp_path / "out", capsys=capsys)
+    assert code == 1
+    assert stderr == f"bda-fused: there is not enough memory for another {size}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_defect_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    from bda_fused.bench import run
+
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(run, "measure_all", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        command("bench", "--out", tmp_path / "out", capsys=capsys)
 
 
 def test_the_configuration_of_a_run_repeats_it(trained, tmp_path, capsys):

@@ -10,9 +10,10 @@ import torch
 
 from bda_fused.bench import report, run
 from bda_fused.bench.cases import ATTRIBUTES, DIMS, IMAGES, PASSES, REGIONS, RIVALS, cases
+from bda_fused.config import MAX_SIZE
 from bda_fused.zsl.models import check_device
 from bda_fused.zsl.output import new_directory
-from bda_fused.zsl.settings import check_threads
+from bda_fused.zsl.settings import check_integer, check_threads
 
 DATA = "bench.json"
 
@@ -37,17 +38,17 @@ def bench(
         OutputError: the output directory is refused, before anything is measured.
         ValueError: an unknown name, a number out of range, or a device that torch cannot train on here.
     """
-    for name, some in (("datasets", datasets), ("passes", passes)):
+    numbers = {"dims": dims, "regions": regions, "images": images}
+    for name, some in {"datasets": datasets, "passes": passes, **numbers}.items():
         if not some:
             raise ValueError(f"{name} must name at least one, got none")
     for name, given, known in (("dataset", datasets, ATTRIBUTES), ("pass", passes, PASSES), ("rival", rivals, RIVALS)):
         for value in given:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    numbers = {"dims": dims, "regions": regions, "images": images, "rounds": (rounds,)}
-    for name, values in numbers.items():
-        if not values or min(values) < 1:
-            raise ValueError(f"{name} must be at least 1, got {values}")
+    for name, values in {**numbers, "rounds": (rounds,)}.items():
+        for number in values:
+            check_integer(name, number, 1, MAX_SIZE)
     check_threads(threads)
     check_device(device)
     contestants = tuple(name for name in RIVALS if name in {*rivals, "natural", "ours"})

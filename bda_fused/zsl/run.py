@@ -26,7 +26,7 @@ from bda_fused.zsl.data import Split, TwoDigits, make_two_digits
 from bda_fused.zsl.explain import DEFAULT_IMAGES, explain, mass_in_own_half, spread
 from bda_fused.zsl.models import build_model, running_backend
 from bda_fused.zsl.output import new_directory
-from bda_fused.zsl.settings import Settings, make_settings
+from bda_fused.zsl.settings import Settings, make_settings, read_json
 from bda_fused.zsl.training import LOSS_NAMES, EpochRecord, train
 
 WEIGHTS, CONFIG, METRICS, LOG = "model.safetensors", "config.json", "metrics.json", "train.log"
@@ -182,10 +182,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a run directory: it holds no {path.name}")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _MAX_THREADS = 1024  # more than any machine has CPUs; far beyond it the system refuses them one by one
 _MAX_SEED = 2**63 - 1
+_MAX_EPOCHS = 10**6  # more than anybody waits for
 
 # What the images, the attributes and the losses ask for whichever model is chosen.
 _SHARED: dict[str, Any] = {
@@ -64,7 +65,7 @@ class Settings:
     Attributes:
         model: "demo", the small model, or "full", every block of the released one.
         seed: decides the data, the initial weights, the batches and the dropout; at most 2**63 - 1.
-        epochs: passes over the training images.
+        epochs: passes over the training images, at most 10**6.
         batch_size: images per step; at most the training images of the split.
         lr: peak of the one-cycle learning rate.
         weight_decay: AdamW's decoupled weight decay.
@@ -101,9 +102,9 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("ssa", "validation"):
             _check_type(name, getattr(self, name), bool, "true or false")
-        _check_integer("seed", self.seed, 0, _MAX_SEED)
-        _check_integer("epochs", self.epochs, 1)
-        _check_integer("batch_size", self.batch_size, 1)
+        check_integer("seed", self.seed, 0, _MAX_SEED)
+        check_integer("epochs", self.epochs, 1, _MAX_EPOCHS)
+        check_integer("batch_size", self.batch_size, 1)
         images = training_size(validation=self.validation)
         if self.batch_size > images:
             raise ValueError(f"batch_size must be at most the {images} training images, got {self.batch_size}")
@@ -163,16 +164,13 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no configuration file {file}")
     if file.suffix == ".json":
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        content = read_json(file)
     elif file.suffix in (".yaml", ".yml"):
         import yaml
 
         try:
             content = yaml.safe_load(file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     else:
         raise ValueError(f"a configuration file ends in .json, .yaml or .yml, got {file}")
@@ -187,12 +185,21 @@ def read_settings(file: Path) -> dict[str, Any]:
     }
 
 
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; ValueError where it is none, or nested deeper than the parser goes."""
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
 def check_threads(threads: int) -> None:
     """TypeError or ValueError for a number of CPU threads that is no integer from 1 to 1024."""
-    _check_integer("threads", threads, 1, _MAX_THREADS)
+    check_integer("threads", threads, 1, _MAX_THREADS)
 
 
-def _check_integer(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+def check_integer(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    """TypeError or ValueError for what is no integer between the two, or from ``lowest`` up."""
     _check_type(name, value, int, "an integer")
     if value < lowest:
         raise ValueError(f"{name} must be at least {lowest}, got {value}")
