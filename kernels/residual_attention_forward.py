@@ -250,7 +250,8 @@ def plan_forward(
     """
     rows = Rows(scores, keys=(key, value), rows=(query, residual, attn_bias, y, weights))
     width = max(key.shape[3], value.shape[3])
-    tile = tiles.forward(target, query.dtype, scores[3], width, dropped=seed is not None)
+    bias_by_row = attn_bias is not None and not rows.share(attn_bias)
+    tile = tiles.forward(target, query.dtype, scores[3], width, dropped=seed is not None, bias_by_row=bias_by_row)
     threshold, keep_scale = dropout
     arguments = {
         "q": query, "k": key, "v": value, "r": residual, "bias": attn_bias, "seed": seed,
@@ -263,7 +264,7 @@ def plan_forward(
     constants = {
         "DK": query.shape[3],
         "DV": value.shape[3],
-        "BIAS_BY_ROW": attn_bias is not None and not rows.share(attn_bias),
+        "BIAS_BY_ROW": bias_by_row,
         "UNIT_BIAS": attn_bias is not None and attn_bias.stride(3) == 1 and attn_bias.shape[3] > 1,
         "BIAS_LAYOUT": layout(attn_bias),
         "Q_LAYOUT": layout(query),

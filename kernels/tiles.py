@@ -1,5 +1,5 @@
 """The static table of tile sizes. docs/gpu_resources.md shows what the assembler makes of it at released sizes, and at
-sizes that take the other entries: nothing spills.
+sizes that take the other entries: nothing spills there. The README's limits say what else was seen to spill.
 
 What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
 than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time; every group reads the
@@ -29,7 +29,8 @@ WHOLE = 512
 @dataclass(frozen=True)
 class Tile:
     """rows: of a tile. groups: the widths of the blocks of a score row, in column groups that are computed one after
-    the other. inner: columns per step of a sum over D. chunk: columns of a result at a time.
+    the other. inner: columns per step of a sum over D. chunk: columns of a result at a time. registers: how many a
+    thread may have, said where the assembler would rather spill a few bytes than give it more than 128 or 168.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Tile:
     chunk: int
     warps: int
     stages: int = 2
+    registers: int | None = None
 
     @property
     def columns(self) -> int:
@@ -46,7 +48,8 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 def pitch(columns: int) -> int:
@@ -76,18 +79,21 @@ def _blocks(columns: int, widths: tuple[int, ...]) -> tuple[int, ...]:
     return blocks
 
 
-def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool) -> Tile:
-    """The tile of the forward for score rows of so many columns, and keys and values so wide."""
+def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool, bias_by_row: bool) -> Tile:
+    """The tile of the forward for score rows of so many columns, and keys and values so wide.
+
+    bias_by_row: whether the rows of a tile have biases of their own, which take registers as a dropout mask does.
+    """
     if columns > WHOLE:
-        return Tile(64, ((64,),), 32, 64, 4)
-    if dtype == torch.float32 and columns > 128 and (dropped or target.capability >= 120):
+        return _long(dtype, chunk=64)
+    if dtype == torch.float32 and columns > 128 and (dropped or bias_by_row or target.capability >= 120):
         return _wide_single_precision(columns)
     if dtype == torch.float32 and 128 < columns <= 208:
         return Tile(64, split(columns, 4, (32, 16)), 16, 16, 4)
     if dtype == torch.float32:
         return _single_precision(target, columns)
-    if _is_wide(columns):
-        return _wide(columns)
+    if _is_wide(columns) or (bias_by_row and columns > 208):
+        return _wide_forward(target, columns, dropped)
     if columns <= 128:
         return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
     if columns <= 208:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
@@ -104,7 +110,7 @@ def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dro
 def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool) -> Tile:
     """The tile of the backward's row kernel for score rows of so many columns, and keys and values so wide."""
     if columns > WHOLE:
-        return Tile(64, ((64,),), 32, 32, 4)
+        return _long(dtype, chunk=32)
     if dtype == torch.float32 and 128 < columns <= 208 and target.capability >= 100:  # 64 rows spill
         return Tile(32, split(columns, 7, (32, 16)), 16, 16, 8)
     if dtype == torch.float32 and 128 < columns <= 208:  # eight warps compute every product twice, four spill
@@ -112,7 +118,7 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
     if dtype == torch.float32:
         return _single_precision(target, columns)
     if _is_wide(columns):
-        return _wide(columns)
+        return _wide_backward(columns, dropped)
     if columns <= 128:
         step = 32 if dropped and columns > 64 else 64
         return Tile(128, split(columns, 1, (32, 16)), step, step, 8)
@@ -141,13 +147,39 @@ def _has_short_rest(width: int) -> bool:
 
 
 def _is_wide(columns: int) -> bool:
-    """Whether 16-bit rows take ``_wide``: above 208 columns, but for 305 to 320, whose tiles read keys less often."""
+    """Whether 16-bit rows take low tiles of wide blocks, whose weights wait in shared memory: above 208 columns, but
+    for 305 to 320, whose tiles read keys less often.
+    """
     return columns > 208 and not 304 < columns <= 320
 
 
-def _wide(columns: int) -> Tile:
-    """Low tiles of wide blocks: the weights wait in shared memory."""
-    return Tile(32, _blocks_of_64(columns), 16, 64 if columns <= 320 else 32, 4)
+def _wide_forward(target: Target, columns: int, dropped: bool) -> Tile:
+    if dropped and columns > 304:
+        return _low(columns)
+    if columns <= 320:
+        return Tile(32, _blocks_of_64(columns), 16, 64, 4)
+    # On sm_90 one stage spills; two take more shared memory than sm_86 and sm_120 have.
+    return Tile(32, _blocks_of_64(columns), 16, 64, 8, stages=2 if target.capability == 90 else 1)
+
+
+def _wide_backward(columns: int, dropped: bool) -> Tile:
+    if columns <= 320 and not dropped:
+        return Tile(32, _blocks_of_64(columns), 16, 64, 4)
+    if columns > 320 and dropped:
+        return _low(columns, stages=1)
+    return Tile(32, _blocks_of_64(columns), 16, 64, 8, stages=1)
+
+
+def _low(columns: int, stages: int = 2) -> Tile:
+    """Tiles of 16 rows, which read keys and values most often, for what spills in higher ones."""
+    return Tile(16, _blocks_of_64(columns), 16, 32, 8, stages)
+
+
+def _long(dtype: torch.dtype, chunk: int) -> Tile:
+    """Rows of more than ``WHOLE`` columns, a block at a time."""
+    if dtype == torch.float32:
+        return Tile(32, ((32,),), 16, 64, 4, registers=255)
+    return Tile(64, ((64,),), 32, chunk, 4, registers=255)
 
 
 def _blocks_of_64(columns: int) -> Groups:

@@ -36,6 +36,15 @@ def _vsa(attributes: int, dim: int, regions: int = 196, **options: object) -> Ca
     return Case((attributes, dim), (2, regions, dim), None, None, **options)
 
 
+def _rsa(regions: int, dim: int, **options: object) -> Case:
+    shape = (2, regions, dim)
+    return Case(shape, shape, None, None, (regions, regions), **options)
+
+
+def _long(dim: int, **options: object) -> Case:
+    return Case((2, 49, dim), (600, dim), (600, dim), (2, 49, dim), (600,), **options)
+
+
 CASES = {
     **{f"SSA, A={a}, C=350": _ssa(a, 350) for a in (85, 102, 312)},
     **{f"SSA, A=312, C={c}": _ssa(312, c) for c in (300, 377, 437, 500, 512, 2048)},
@@ -44,9 +53,10 @@ CASES = {
     "VSA, A=312, C=350": _vsa(312, 350),
     "VSA, A=312, C=350, dropout": _vsa(312, 350, dropout_p=0.1),
     "VSA, A=85, C=2048, HW=49": _vsa(85, 2048, 49),
-    "RSA, C=350": Case((2, 196, 350), (2, 196, 350), None, None, bias=(196, 196)),
-    "RSA, C=350, dropout": Case((2, 196, 350), (2, 196, 350), None, None, bias=(196, 196), dropout_p=0.1),
-    "S=600": Case((2, 49, 64), (600, 64), (600, 64), (2, 49, 64), bias=(600,)),
+    "RSA, C=350": _rsa(196, 350),
+    "RSA, C=350, dropout": _rsa(196, 350, dropout_p=0.1),
+    "RSA, C=350, fp32": _rsa(196, 350),
+    "S=600": _long(64),
     "SSA, A=102, C=350, fp32": _ssa(102, 350),
     "SSA, A=312, C=350, fp32": _ssa(312, 350),
     "VSA, A=312, C=350, fp32": _vsa(312, 350),
@@ -65,6 +75,20 @@ CASES = {
     "SSA, A=128, C=350, dropout, fp32": _ssa(128, 350, dropout_p=0.1),
     "SSA, A=304, C=350": _ssa(304, 350),
     "SSA, A=304, C=350, dropout": _ssa(304, 350, dropout_p=0.1),
+    "SSA, A=192, C=350, dropout, fp32": _ssa(192, 350, dropout_p=0.1),
+    **{f"SSA, A=384, C=350{kind}": _ssa(384, 350) for kind in ("", ", fp32")},
+    "SSA, A=384, C=350, dropout": _ssa(384, 350, dropout_p=0.1),
+    **{f"S=600, C=350{kind}": _long(350) for kind in ("", ", fp32")},
+    **{f"S=600, C=350, dropout{kind}": _long(350, dropout_p=0.1) for kind in ("", ", fp32")},
+    # The same entries with keys per image and with a bias by row.
+    "VSA, A=312, C=350, HW=400": _vsa(312, 350, 400),
+    "VSA, A=312, C=350, HW=400, dropout": _vsa(312, 350, 400, dropout_p=0.1),
+    "RSA, C=350, HW=304, dropout": _rsa(304, 350, dropout_p=0.1),
+    "RSA, C=350, HW=400": _rsa(400, 350),
+    "RSA, C=350, HW=400, dropout": _rsa(400, 350, dropout_p=0.1),
+    "RSA, C=350, HW=512": _rsa(512, 350),
+    "RSA, C=350, HW=512, dropout": _rsa(512, 350, dropout_p=0.1),
+    "RSA, C=350, HW=256, fp32": _rsa(256, 350),
 }
 
 

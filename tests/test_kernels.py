@@ -49,10 +49,12 @@ def test_compiled_form_in_other_dtypes(name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-@pytest.mark.parametrize("keys", [16, 102, 128, 144, 196, 240, 304, 312, 400, 512])
-def test_compiled_tile(keys, dropout_p, dtype):
+@pytest.mark.parametrize("bias_by_row", [False, True])
+@pytest.mark.parametrize("keys", [16, 102, 128, 144, 196, 240, 304, 312, 400, 512, 600])
+def test_compiled_tile(keys, bias_by_row, dropout_p, dtype):
     """Every entry of the table that sm_80 has, with a last tile that is not full and a width that no step divides."""
-    shapes = (2, 35, 45), (keys, 45), (keys, 37), (2, 35, 37), (keys,)
+    bias = (35, keys) if bias_by_row else (keys,)
+    shapes = (2, 35, 45), (keys, 45), (keys, 37), (2, 35, 37), bias
     with simulated():
         assert_parity(Case(*shapes, dropout_p=dropout_p, need_weights=True, dtype=dtype), "triton")
 
@@ -106,11 +108,12 @@ def test_results_do_not_depend_on_the_order_of_blocks():
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("bias_by_row", [False, True])
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_blocks_hold_a_score_row_and_only_the_last_reaches_beyond(columns, dtype, dropped, capability):
+def test_blocks_hold_a_score_row_and_only_the_last_reaches_beyond(columns, dtype, dropped, bias_by_row, capability):
     target = Target(capability, 99 * KIB)
     for width in (350, 377):
-        ahead = tiles.forward(target, dtype, columns, width, dropped=dropped)
+        ahead = tiles.forward(target, dtype, columns, width, dropped=dropped, bias_by_row=bias_by_row)
         back = tiles.backward(target, dtype, columns, width, dropped=dropped)
         assert back.columns == tiles.pitch(columns), "gradients of scores fill their scratch"
         assert tiles.pitch(columns) < columns + (16 if columns <= 208 else 64)
@@ -172,10 +175,19 @@ def test_kernels_keep_everything_in_registers():
         assert int(row["registers"]) >= 16, f"the compiler left nothing of it: {row}"
 
 
-@pytest.mark.parametrize("name", ["SSA, A=102, C=350", "VSA, A=312, C=350"])
-def test_the_assembler_reports_what_the_document_says(name):
-    assert gpu_resources.rows("sm_80", name) == [
-        row for row in gpu_resources.read() if (row["GPU"], row["case"]) == ("sm_80", name)
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("sm_80", "SSA, A=102, C=350"),
+        ("sm_80", "VSA, A=312, C=350"),
+        ("sm_90", "S=600, C=350, fp32"),
+        ("sm_100", "SSA, A=312, C=350, fp32"),
+        ("sm_120", "SSA, A=312, C=350"),
+    ],
+)
+def test_the_assembler_reports_what_the_document_says(gpu, name):
+    assert gpu_resources.rows(gpu, name) == [
+        row for row in gpu_resources.read() if (row["GPU"], row["case"]) == (gpu, name)
     ]
 
 
