@@ -290,9 +290,11 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _missing_memory(error: Exception) -> str | None:
-    """How much memory torch or numpy asked for in vain, by their own words; None for another error."""
+    """What memory torch, numpy or Python asked for in vain, by their own words; None for another error."""
     found = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    return found and found[1]
+    if found:
+        return f"another {found[1]}"
+    return "this" if isinstance(error, MemoryError) else None
 
 
 def main() -> None:
@@ -307,7 +309,7 @@ def main() -> None:
         memory = _missing_memory(error)
         if memory is None:
             raise
-        print(f"bda-fused: there is not enough memory for another {memory}", file=sys.stderr)
+        print(f"bda-fused: there is not enough memory for {memory}", file=sys.stderr)
         raise SystemExit(Failure.exit_code) from None
     except _Terminated:
         print("bda-fused: terminated, nothing was written", file=sys.stderr)

@@ -568,8 +568,8 @@ def class_attribute_matrix(attributes: Tensor) -> Tensor:
 
 
 def _unseen_mask(unseen: Tensor | Iterable[int], num_classes: int) -> Tensor:
-    if isinstance(unseen, Iterable) and not isinstance(unseen, Tensor):
-        unseen = list(unseen)  # torch takes no sets and no generators
+    if isinstance(unseen, Iterable) and not hasattr(unseen, "__array__"):
+        unseen = list(unseen)  # torch takes tensors, arrays and lists, no sets and no generators
     given = released.as_classes("unseen", unseen)
     if given.dtype == torch.bool:
         if tuple(given.shape) != (num_classes,):

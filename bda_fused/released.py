@@ -195,7 +195,7 @@ def as_classes(name: str, value: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(sentence) from error
     # torch takes an empty list for floats
-    if classes.numel() and (classes.is_floating_point() or classes.is_complex()):
+    if classes.ndim == 0 or (classes.numel() and (classes.is_floating_point() or classes.is_complex())):
         raise TypeError(sentence)
     return classes
 

@@ -44,8 +44,8 @@ class Launch:
     """One launch of a kernel, not yet made.
 
     kernel: the Triton function. grid: the number of programs. arguments: its tensors and numbers at run time, by name.
-    constants: its compile-time constants, by name. options: num_warps and num_stages. fixed: the constants that the
-    grid rests on.
+    constants: its compile-time constants, by name. options: num_warps, num_stages
+    and, where a tile names its registers, maxnreg. fixed: the constants that the grid rests on.
     """
 
     kernel: Any

@@ -147,8 +147,8 @@ def _has_short_rest(width: int) -> bool:
 
 
 def _is_wide(columns: int) -> bool:
-    """Whether 16-bit rows take low tiles of wide blocks, whose weights wait in shared memory: above 208 columns, but
-    for 305 to 320, whose tiles read keys less often.
+    """Whether 16-bit rows take low tiles of wide blocks, whose weights wait in shared memory, whatever their bias:
+    above 208 columns, but for 305 to 320, whose tiles read keys less often.
     """
     return columns > 208 and not 304 < columns <= 320
 

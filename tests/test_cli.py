@@ -289,10 +289,11 @@ def test_training_that_diverges_fails_in_one_sentence(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("allocate", "size"),
     [
-        (lambda: torch.empty(2**60, dtype=torch.uint8), "1152921504606846976 bytes"),
-        (lambda: numpy.empty(2**60, numpy.uint8), "1.00 EiB"),
+        (lambda: torch.empty(2**60, dtype=torch.uint8), "another 1152921504606846976 bytes"),
+        (lambda: numpy.empty(2**60, numpy.uint8), "another 1.00 EiB"),
+        (lambda: bytearray(2**60), "this"),
     ],
-    ids=["torch", "numpy"],
+    ids=["torch", "numpy", "python"],
 )
 def test_work_that_the_memory_does_not_hold_fails_in_one_sentence(allocate, size, tmp_path, monkeypatch, capsys):
     from bda_fused.bench import run
@@ -300,7 +301,7 @@ def test_work_that_the_memory_does_not_hold_fails_in_one_sentence(allocate, size
     monkeypatch.setattr(run, "measure_all", lambda *_, **__: allocate())
     code, _, stderr = command("bench", "--out", tmp_path / "out", capsys=capsys)
     assert code == 1
-    assert stderr == f"bda-fused: there is not enough memory for another {size}\n"
+    assert stderr == f"bda-fused: there is not enough memory for {size}\n"
     assert list(tmp_path.iterdir()) == []
 
 

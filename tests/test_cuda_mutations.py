@@ -54,6 +54,7 @@ MUTATIONS = [
     ("a run loses the columns before its first vector", "store.cuh", "index < begin ? index : size", "size", GAPS, AssertionError),
     ("a run loses the columns behind its last vector", "store.cuh", "end + index - kSize", "size", GAPS, AssertionError),
     ("what is added loses its shift", "store.cuh", "shifted(words[0], words[1], shift)", "words[0]", GAPS, AssertionError),
+    ("what is added in another type is lost", "store.cuh", "store_element(i, load_element(added, kind, i))", "store_element(i, 0.f)", ssa(2, 21, 13, 23, residual_dtype=torch.float16), AssertionError),
     ("Philox has a round too few", "philox.cuh", "round < 10", "round < 9", DROPOUT, AssertionError),
     ("neighbouring lanes do not swap their words", "philox.cuh", "return {{got0, got1, words.z, words.w}}", "return {{words.x, words.y, words.z, words.w}}", DROPOUT, AssertionError),
     ("what survives is not scaled", "residual_attention_forward.cu", "args.seed == nullptr ? 1.f : args.keep_scale", "1.f", DROPOUT, AssertionError),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -216,6 +217,9 @@ def test_refusals(call, message):
             (lambda unseen=unseen: BDA(SMALL_CONFIG, torch.rand(6, 7), unseen), f"unseen must be a list .* got {shown}")
             for unseen, shown in (
                 (torch.tensor([1.5]), "a torch.float32 tensor"),
+                (torch.tensor(5), "a torch.int64 tensor"),
+                (5, "5"),
+                (numpy.array(5), r"array\(5\)"),
                 ([1.0], r"\[1.0\]"),
                 (["a"], r"\['a'\]"),
                 ("a", r"\['a'\]"),

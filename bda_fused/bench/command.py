@@ -36,6 +36,7 @@ def bench(
 
     Raises:
         OutputError: the output directory is refused, before anything is measured.
+        TypeError: a number that is no integer.
         ValueError: an unknown name, a number out of range, or a device that torch cannot train on here.
     """
     numbers = {"dims": dims, "regions": regions, "images": images}
