@@ -1,6 +1,7 @@
 """What the compiler makes of the CUDA kernels: registers, instructions of the inner loops, and counts of the simulator."""
 
 import re
+from functools import cache
 
 import pytest
 
@@ -100,11 +101,16 @@ COUNTS = [
 ]
 
 
+@cache
+def counted(problem, tile):
+    return count(problem, tile, A100.device.shared_limit)
+
+
 @pytest.mark.parametrize(("kind", "width", "macs", "wavefronts", "ptx", "loads", "stores", "unique"), COUNTS)
 def test_counts(kind, width, macs, wavefronts, ptx, loads, stores, unique):
     problem = Problem(kind, "CUB", width)
     tile = problem.tile(A100)
-    counts = count(problem, tile, A100.device.shared_limit)
+    counts = counted(problem, tile)
     groups, rows = problem.groups
     assert counts.macs * groups * -(-rows // tile.rows) <= macs * problem.macs
     assert counts.wavefronts <= wavefronts * counts.mma
@@ -118,5 +124,5 @@ def test_counts(kind, width, macs, wavefronts, ptx, loads, stores, unique):
 def test_model_is_a_lower_bound_with_the_aims(kind, width, aim):
     problem = Problem(kind, "CUB", width)
     tile = problem.tile(A100)
-    resources = bounds(problem, count(problem, tile, A100.device.shared_limit), tile, A100)
+    resources = bounds(problem, counted(problem, tile), tile, A100)
     assert floor(problem, A100) <= max(resources.values()) <= aim * floor(problem, A100)
