@@ -7,6 +7,7 @@ import torch
 
 from bda_fused import functional as F
 from bda_fused import ops
+from bda_fused.backends import _gemm
 from bda_fused.testing import assert_close
 
 B, H, L, S, DK, DV = 3, 2, 5, 7, 4, 6
@@ -284,6 +285,18 @@ def test_results_may_be_written_to(batch):
     torch.testing.assert_close(y.detach(), expected)
     y.relu_().sum().backward()
     assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("width", "enters"), [(7, False), (31, False), (32, True), (350, True)])
+def test_a_residual_stays_out_of_a_narrow_gemm(width, enters, monkeypatch):
+    """How much it would cost in accuracy depends on the CPU's GEMM, so errors alone do not tell everywhere."""
+    added, gemm = [], _gemm._gemm
+    monkeypatch.setattr(
+        _gemm, "_gemm", lambda a, b, add, alpha: added.append(add is not None) or gemm(a, b, add, alpha)
+    )
+    query, key, value = torch.randn(2, 49, width), torch.randn(12, width), torch.randn(12, width)
+    F.attend(query, key, value, residual_is_query=True, backend="eager")
+    assert any(added) is enters
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 64])

@@ -137,7 +137,7 @@ MUTATIONS = [
         "backends/_gemm.py",
         "and fits and shape[3] >= _NARROW",
         "and fits",
-        "test_functional.py::test_float32_by_the_one_rule_at_any_width",
+        "test_functional.py::test_a_residual_stays_out_of_a_narrow_gemm",
     ),
     (
         "a fold of other attributes is taken for this one",
