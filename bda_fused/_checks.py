@@ -38,10 +38,23 @@ def check_finite(name: str, number: Any, allowed: str = "a finite float") -> Non
         raise ValueError(f"{name} must be {allowed}, got {number}")
 
 
+def check_probability(name: str, p: Any) -> None:
+    """A real number in [0, 1], or TypeError or ValueError."""
+    if isinstance(p, bool) or not isinstance(p, Real):
+        raise TypeError(f"{name} must be a float in [0, 1], got {type(p).__name__}")
+    if not is_finite(p) or not 0 <= float(p) <= 1:  # refuses NaN too
+        raise ValueError(f"{name} must be in [0, 1], got {p}")
+
+
+def is_integer(number: Any) -> bool:
+    """Whether it is an integer of some kind; True and False are none."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 def check_sizes(**sizes: Any) -> None:
     """Integers of at least 1, or TypeError or ValueError."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, Integral):
+        if not is_integer(size):
             raise TypeError(f"{name} must be an integer, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
@@ -67,10 +80,7 @@ def check_options(scale: Any, dropout_p: Any, need_weights: Any, backend: Any, b
     """The keywords of residual_attention, ssa and vsa."""
     if scale is not None:
         check_finite("scale", scale, "a finite float or None")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
-        raise TypeError(f"dropout_p must be a float in [0, 1], got {type(dropout_p).__name__}")
-    if not is_finite(dropout_p) or not 0 <= float(dropout_p) <= 1:  # refuses NaN too
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    check_probability("dropout_p", dropout_p)
     if not isinstance(need_weights, bool):
         raise TypeError(f"need_weights must be True or False, got {type(need_weights).__name__}")
     if not isinstance(backend, str):

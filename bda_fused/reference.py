@@ -60,7 +60,7 @@ class Attention(nn.Module):
         num_heads: heads, a divisor of ``dim``.
 
     Raises:
-        TypeError: a size that is no integer, or a scale that is no number.
+        TypeError: a size that is no integer, or a scale or a probability that is no number.
         ValueError: a size below 1, heads that do not divide ``dim``, a probability outside [0, 1], or a scale that is
             not finite.
     """
@@ -82,9 +82,8 @@ class Attention(nn.Module):
         _checks.check_sizes(dim=dim, num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}")
-        for name, p in (("dropout", dropout), ("kv_dropout", kv_dropout)):
-            if not 0 <= p <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {p}")
+        _checks.check_probability("dropout", dropout)
+        _checks.check_probability("kv_dropout", kv_dropout)
         if scale is not None:
             _checks.check_finite("scale", scale, "a finite float or None")
         _checks.check_finite("kv_scale", kv_scale)
@@ -172,6 +171,10 @@ class RegionSelfAttention(Attention):
     Args:
         grid: (H, W) of the regions, row by row.
         geometry: False leaves out g.
+
+    Raises:
+        TypeError: a grid that is not two integers.
+        ValueError: a height or width below 1.
     """
 
     geometry_table: Tensor
@@ -179,7 +182,9 @@ class RegionSelfAttention(Attention):
 
     def __init__(self, dim: int, *, grid: tuple[int, int] = (14, 14), geometry: bool = True, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
-        if len(grid) != 2 or min(grid) < 1:
+        if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(map(_checks.is_integer, grid)):
+            raise TypeError(f"grid must be (H, W), two integers, got {grid!r}")
+        if min(grid) < 1:
             raise ValueError(f"grid must be (H, W) of at least (1, 1), got {grid}")
         self.grid = (grid[0], grid[1])
         self.geometry = nn.Linear(GEOMETRY_FEATURES, 1) if geometry else None
@@ -253,6 +258,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         _checks.check_sizes(dim=dim, hidden_dim=hidden_dim)
+        _checks.check_probability("dropout", dropout)
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden_dim, dim)

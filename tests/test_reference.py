@@ -213,6 +213,12 @@ def test_refusals(call, message):
         (lambda: SemanticSynthesisAttention(8, num_heads=True), "num_heads must be an integer, got True"),
         (lambda: SemanticSynthesisAttention(8, scale="a"), "scale must be a finite float or None, got str"),
         (lambda: FeedForward(8, 16.0), "hidden_dim must be an integer, got 16.0"),
+        (lambda: FeedForward(8, 16, dropout="a"), r"dropout must be a float in \[0, 1\], got str"),
+        (lambda: SemanticSynthesisAttention(8, dropout="a"), r"dropout must be a float in \[0, 1\], got str"),
+        (lambda: SemanticSynthesisAttention(8, kv_dropout=None), r"kv_dropout must be a float .*, got NoneType"),
+        (lambda: RegionSelfAttention(8, grid=("a", "b")), r"grid must be \(H, W\), two integers, got \('a', 'b'\)"),
+        (lambda: RegionSelfAttention(8, grid=(14,)), r"grid must be \(H, W\), two integers, got \(14,\)"),
+        (lambda: RegionSelfAttention(8, grid=14), r"grid must be \(H, W\), two integers, got 14"),
         *(
             (lambda unseen=unseen: BDA(SMALL_CONFIG, torch.rand(6, 7), unseen), f"unseen must be a list .* got {shown}")
             for unseen, shown in (
