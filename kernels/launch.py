@@ -138,6 +138,12 @@ def readable_width(x: Tensor) -> int:
     return width + max(0, min(-width % 64, room, *apart))
 
 
+def has_padded_rows(x: Tensor) -> bool:
+    """Whether rows lie as those of folded operands do: at a known distance, aligned, and readable in steps of 32."""
+    align, step = layout(x)
+    return align == 16 and step > 0 and readable_width(x) >= -(-x.shape[3] // 32) * 32
+
+
 def _span(x: Tensor) -> int:
     """How far, in elements, the last element lies behind the first."""
     return sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))

@@ -4,13 +4,13 @@ sizes that take the other entries: nothing spills there. The README's limits say
 What limits a tile is registers: of a row of 320 columns a thread holds 80 registers of 16-bit weights. Rows of more
 than 128 columns are computed in column groups, so that fewer float32 scores are alive at a time; every group reads the
 rows of the query once more. Narrow blocks keep few operands of the products alive. Steps of 64 columns read rows that
-begin anywhere in a sector with fewer sectors than steps of 32. Drawing a dropout mask takes registers too, hence other
-steps and groups. Low tiles of blocks that are wider than the tile is high share the columns of a block among their
-warps: a thread then holds a part of the weights, which the value product takes from shared memory, at the price of
-keys that are read more often. Rows of 209 to 512 columns are rounded up to multiples of 64, since one narrow block
-among wide ones makes every warp hold all weights. One table serves every GPU from sm_80 up, with other entries where
-the compiler of a newer one keeps more alive. What sm_80 and sm_120 get fits the 99 KiB of shared memory that some GPUs
-have.
+begin anywhere in a sector with fewer sectors than steps of 32. Drawing a dropout mask takes registers too, as do rows
+that are not padded and gradients of the map, hence lower tiles. Low tiles of blocks that are wider than the tile is
+high share the columns of a block among their warps: a thread then holds a part of the weights, which the value product
+takes from shared memory, at the price of keys that are read more often. Rows of 209 to 512 columns are rounded up to
+multiples of 64, since one narrow block among wide ones makes every warp hold all weights. One table serves every GPU
+from sm_80 up, with other entries where the compiler of a newer one keeps more alive. What sm_80 and sm_120 get fits the
+99 KiB of shared memory that some GPUs have.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+        return _options(self)
 
 
 def pitch(columns: int) -> int:
@@ -79,10 +78,13 @@ def _blocks(columns: int, widths: tuple[int, ...]) -> tuple[int, ...]:
     return blocks
 
 
-def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool, bias_by_row: bool) -> Tile:
+def forward(
+    target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool, bias_by_row: bool, lean: bool
+) -> Tile:
     """The tile of the forward for score rows of so many columns, and keys and values so wide.
 
     bias_by_row: whether the rows of a tile have biases of their own, which take registers as a dropout mask does.
+    lean: whether nothing else does: keys and values have the padded rows of folded ones, and so has a dropped map.
     """
     if columns > WHOLE:
         return _long(dtype, chunk=64)
@@ -92,23 +94,27 @@ def forward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dro
         return Tile(64, split(columns, 4, (32, 16)), 16, 16, 4)
     if dtype == torch.float32:
         return _single_precision(target, columns)
-    if _is_wide(columns) or (bias_by_row and columns > 208):
+    if _is_wide(columns) or (columns > 208 and (bias_by_row or not lean)):
         return _wide_forward(target, columns, dropped)
     if columns <= 128:
-        return Tile(128, split(columns, 1, (32, 16)), 64, 64, 8)
+        spills = target.capability == 100 and (dtype == torch.float16 or not _has_short_rest(width))
+        chunk = 32 if spills else 64
+        return Tile(128, split(columns, 1, (32, 16)), 64, chunk, 8)
     if columns <= 208:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
-        count = 3 if not dropped else 4 if target.capability < 120 else 7
-        return Tile(64, split(columns, count, (32, 16)), 32, 32, 4)
-    if dropped and target.capability >= 90:
-        groups = split(columns, 6, (32, 16))
-        spread = groups[::2] + groups[1::2]  # two wide groups in a row spill on sm_120
-        return Tile(128, spread if target.capability >= 120 else groups, 16, 16, 8)
-    step = 16 if dropped else 64 if target.capability < 100 and _has_short_rest(width) else 32
+        if dropped and target.capability >= 120:
+            return Tile(64, split(columns, 7, (32, 16)), 32, 16, 4)
+        return Tile(64, split(columns, 4 if dropped else 3, (32, 16)), 32, 32, 4)
+    if dropped:
+        return _even(columns)
+    step = 64 if target.capability < 100 and _has_short_rest(width) else 32
     return Tile(128, split(columns, 2, (64, 32, 16)), step, step, 8)
 
 
-def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool) -> Tile:
-    """The tile of the backward's row kernel for score rows of so many columns, and keys and values so wide."""
+def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool, lean: bool) -> Tile:
+    """The tile of the backward's row kernel for score rows of so many columns, and keys and values so wide.
+
+    lean: whether keys, values and the map have padded rows, and the map has no gradient of its own.
+    """
     if columns > WHOLE:
         return _long(dtype, chunk=32)
     if dtype == torch.float32 and 128 < columns <= 208 and target.capability >= 100:  # 64 rows spill
@@ -117,7 +123,7 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
         return Tile(64, split(columns, 7, (16,)), 16, 16, 8)
     if dtype == torch.float32:
         return _single_precision(target, columns)
-    if _is_wide(columns):
+    if _is_wide(columns) or (columns > 208 and not lean):
         return _wide_backward(columns, dropped)
     if columns <= 128:
         step = 32 if dropped and columns > 64 else 64
@@ -126,18 +132,14 @@ def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dr
         return Tile(128, split(columns, 3, (32, 16)), 32, 32, 8)
     if columns <= 208:
         return Tile(128, split(columns, 2, (64, 16)), 32, 32, 8)
-    if dropped and target.capability == 90:  # a second stage spills
-        groups = tuple(widths[::-1] for widths in split(columns, 4, (32, 16)))
-        return Tile(128, groups, 16, 32, 8, stages=1)
-    if dropped and target.capability >= 120:
-        return Tile(128, split(columns, 6, (32, 16)), 16, 16, 8)
     if dropped:
-        return Tile(128, split(columns, 4, (32, 16)), 16, 32, 8)
+        return _even(columns)
     if target.capability >= 100:
         groups = split(columns, 6, (32, 16))
         narrow_first = target.capability >= 120 and not _has_short_rest(width)
         return Tile(128, groups[::-1] if narrow_first else groups, 16, 32, 8)
-    step = 64 if target.capability < 90 and _has_short_rest(width) else 32
+    spills = dtype == torch.float16 or target.capability >= 90 or not _has_short_rest(width)
+    step = 32 if spills else 64
     return Tile(128, split(columns, 4, (32, 16)), step, step, 8)
 
 
@@ -153,6 +155,11 @@ def _is_wide(columns: int) -> bool:
     return columns > 208 and not 304 < columns <= 320
 
 
+def _even(columns: int) -> Tile:
+    """Half as high as what has no mask, with blocks as wide as it is high: two warps share the columns of each."""
+    return Tile(64, _blocks_of_64(columns), 16, 32, 8)
+
+
 def _wide_forward(target: Target, columns: int, dropped: bool) -> Tile:
     if dropped and columns > 304:
         return _low(columns)
@@ -165,7 +172,7 @@ def _wide_forward(target: Target, columns: int, dropped: bool) -> Tile:
 def _wide_backward(columns: int, dropped: bool) -> Tile:
     if columns <= 320 and not dropped:
         return Tile(32, _blocks_of_64(columns), 16, 64, 4)
-    if columns > 320 and dropped:
+    if dropped and columns > 304:
         return _low(columns, stages=1)
     return Tile(32, _blocks_of_64(columns), 16, 64, 8, stages=1)
 
@@ -209,8 +216,9 @@ def _wide_single_precision(columns: int) -> Tile:
 
 @dataclass(frozen=True)
 class ProductTile:
-    """A tile of the result, and depth: of one step of the sum. It is one block: of several that share an operand the
-    compiler gives every warp all columns, and blocks of fewer than 16 rows a warp are computed more than once.
+    """A tile of the result, and depth: of one step of the sum; the rest as in Tile. It is one block: of several that
+    share an operand the compiler gives every warp all columns, and blocks of fewer than 16 rows a warp are computed
+    more than once.
     """
 
     rows: int
@@ -218,14 +226,22 @@ class ProductTile:
     depth: int
     warps: int
     stages: int = 2
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return _options(self)
 
 
 def product(target: Target, dtype: torch.dtype, width: int) -> ProductTile:
     """The tile of a long product with a result of so many columns: 128 of them where no more are computed for it."""
     wide = dtype != torch.float32 and -(-width // 128) * 128 == -(-width // 64) * 64
     warps = 8 if dtype == torch.float32 and target.capability >= 120 else 4
-    return ProductTile(64, 128 if wide else 64, 32, warps)
+    registers = 168 if dtype != torch.float32 and target.capability == 100 and not wide else None
+    return ProductTile(64, 128 if wide else 64, 32, warps, registers=registers)
+
+
+def _options(tile: Tile | ProductTile) -> dict[str, int]:
+    """What the compiler is told."""
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return {"num_warps": tile.warps, "num_stages": tile.stages} | limit

@@ -47,11 +47,16 @@ def _long(dim: int, **options: object) -> Case:
 
 CASES = {
     **{f"SSA, A={a}, C=350": _ssa(a, 350) for a in (85, 102, 312)},
+    "SSA, A=85, C=300": _ssa(85, 300),
+    "VSA, A=85, C=300": _vsa(85, 300),
     **{f"SSA, A=312, C={c}": _ssa(312, c) for c in (300, 377, 437, 500, 512, 2048)},
     "SSA, A=102, C=350, dropout": _ssa(102, 350, dropout_p=0.1),
     "SSA, A=312, C=350, dropout": _ssa(312, 350, dropout_p=0.1),
+    "SSA, A=312, C=377, dropout": _ssa(312, 377, dropout_p=0.1),
+    "SSA, A=312, C=437, dropout": _ssa(312, 437, dropout_p=0.1),
     "VSA, A=312, C=350": _vsa(312, 350),
     "VSA, A=312, C=350, dropout": _vsa(312, 350, dropout_p=0.1),
+    "VSA, A=312, C=437, dropout": _vsa(312, 437, dropout_p=0.1),
     "VSA, A=85, C=2048, HW=49": _vsa(85, 2048, 49),
     "RSA, C=350": _rsa(196, 350),
     "RSA, C=350, dropout": _rsa(196, 350, dropout_p=0.1),
@@ -80,7 +85,11 @@ CASES = {
     "SSA, A=384, C=350, dropout": _ssa(384, 350, dropout_p=0.1),
     **{f"S=600, C=350{kind}": _long(350) for kind in ("", ", fp32")},
     **{f"S=600, C=350, dropout{kind}": _long(350, dropout_p=0.1) for kind in ("", ", fp32")},
-    # The same entries with keys per image and with a bias by row.
+    # The same entries with keys per image, with a bias by row and with a gradient of the map.
+    "VSA, A=312, C=350, HW=312": _vsa(312, 350, 312),
+    "VSA, A=312, C=350, HW=312, dropout": _vsa(312, 350, 312, dropout_p=0.1),
+    "SSA, A=312, C=350, map": _ssa(312, 350, need_weights=True),
+    "SSA, A=312, C=350, map, dropout": _ssa(312, 350, need_weights=True, dropout_p=0.1),
     "VSA, A=312, C=350, HW=400": _vsa(312, 350, 400),
     "VSA, A=312, C=350, HW=400, dropout": _vsa(312, 350, 400, dropout_p=0.1),
     "RSA, C=350, HW=304, dropout": _rsa(304, 350, dropout_p=0.1),
@@ -105,11 +114,12 @@ def launches(case: Case, dtype: torch.dtype, target: Target) -> list[Launch]:
         shared = case.residual == "query"
         if shared:
             key, value = (None if x is None else _padded(x) for x in (key, value))
-        y, *_ = F.attend(
+        y, weights, _ = F.attend(
             query, key, value, residual, attn_bias=bias, dropout_p=case.dropout_p, residual_is_query=shared,
-            backend="triton",
+            need_weights=case.need_weights, backend="triton",
         )  # fmt: skip
-        torch.autograd.grad(y.sum(), [x for x in operands if x is not None], allow_unused=True)
+        loss = y.sum() if weights is None else y.sum() + (weights * weights).sum()
+        torch.autograd.grad(loss, [x for x in operands if x is not None], allow_unused=True)
     finally:
         Launch.run, backend.can_run, Target.of = run, can_run, of  # type: ignore[method-assign]
     return planned

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,32 @@ def test_compiled_tile(keys, bias_by_row, dropout_p, dtype):
         assert_parity(Case(*shapes, dropout_p=dropout_p, need_weights=True, dtype=dtype), "triton")
 
 
+def padded(x):
+    """The rows of a folded operand."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 64))[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_compiled_tile_of_padded_rows(dropout_p, monkeypatch):
+    """305 to 320 keys have tiles of their own where the rows of keys and values are padded."""
+    shapes = (2, 75, 45), (312, 45), (312, 37), (2, 75, 37), (312,)
+    heights = []
+
+    def noting(choose):
+        def chosen(*args, **options):
+            tile = choose(*args, **options)
+            heights.append(tile.rows)
+            return tile
+
+        return chosen
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(tiles, name, noting(getattr(tiles, name)))
+    with simulated():
+        assert_parity(Case(*shapes, dropout_p=dropout_p, layout={"key": padded, "value": padded}), "triton")
+    assert heights == [64 if dropout_p else 128] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", FORMS)
@@ -112,9 +139,9 @@ def test_results_do_not_depend_on_the_order_of_blocks():
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_blocks_hold_a_score_row_and_only_the_last_reaches_beyond(columns, dtype, dropped, bias_by_row, capability):
     target = Target(capability, 99 * KIB)
-    for width in (350, 377):
-        ahead = tiles.forward(target, dtype, columns, width, dropped=dropped, bias_by_row=bias_by_row)
-        back = tiles.backward(target, dtype, columns, width, dropped=dropped)
+    for width, lean in product((350, 377), (False, True)):
+        ahead = tiles.forward(target, dtype, columns, width, dropped=dropped, bias_by_row=bias_by_row, lean=lean)
+        back = tiles.backward(target, dtype, columns, width, dropped=dropped, lean=lean)
         assert back.columns == tiles.pitch(columns), "gradients of scores fill their scratch"
         assert tiles.pitch(columns) < columns + (16 if columns <= 208 else 64)
         for tile in (ahead, back):
