@@ -253,14 +253,19 @@ def _result(y: Tensor, weights: Tensor | None) -> Tensor | tuple[Tensor, Tensor]
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, dropout, Linear: (..., dim) to (..., dim) through (..., hidden_dim)."""
+    """Linear, ReLU, dropout, Linear: (..., dim) to (..., dim) through (..., hidden_dim).
+
+    Raises:
+        TypeError: a size that is no integer, or a probability that is no number.
+        ValueError: a size below 1, or a probability outside [0, 1].
+    """
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         _checks.check_sizes(dim=dim, hidden_dim=hidden_dim)
         _checks.check_probability("dropout", dropout)
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(float(dropout))
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:

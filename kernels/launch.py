@@ -134,14 +134,15 @@ def readable_width(x: Tensor) -> int:
     """
     width = x.shape[3]
     room = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset()) - 1 - _span(x)
-    apart = [step - width for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    apart = [step - width for step in _steps(x)[:3] if step]
     return width + max(0, min(-width % 64, room, *apart))
 
 
 def has_padded_rows(x: Tensor) -> bool:
     """Whether rows lie as those of folded operands do: at a known distance, aligned, and readable in steps of 32."""
     align, step = layout(x)
-    return align == 16 and step > 0 and readable_width(x) >= -(-x.shape[3] // 32) * 32
+    aligned = align == 16 and x.data_ptr() % 16 == 0
+    return aligned and step > 0 and readable_width(x) >= -(-x.shape[3] // 32) * 32
 
 
 def _span(x: Tensor) -> int:

@@ -30,7 +30,7 @@ WHOLE = 512
 class Tile:
     """rows: of a tile. groups: the widths of the blocks of a score row, in column groups that are computed one after
     the other. inner: columns per step of a sum over D. chunk: columns of a result at a time. registers: how many a
-    thread may have, said where the assembler would rather spill a few bytes than give it more than 128 or 168.
+    thread may have, said where the assembler would rather spill a few bytes than give it more.
     """
 
     rows: int
@@ -84,7 +84,8 @@ def forward(
     """The tile of the forward for score rows of so many columns, and keys and values so wide.
 
     bias_by_row: whether the rows of a tile have biases of their own, which take registers as a dropout mask does.
-    lean: whether nothing else does: keys and values have the padded rows of folded ones, and so has a dropped map.
+    lean: whether nothing else does: keys and values have the padded rows of folded ones, and so has a dropped map, and
+    the kernel need not divide row numbers.
     """
     if columns > WHOLE:
         return _long(dtype, chunk=64)
@@ -97,7 +98,7 @@ def forward(
     if _is_wide(columns) or (columns > 208 and (bias_by_row or not lean)):
         return _wide_forward(target, columns, dropped)
     if columns <= 128:
-        spills = target.capability == 100 and (dtype == torch.float16 or not _has_short_rest(width))
+        spills = 100 <= target.capability < 120 and (dtype == torch.float16 or not _has_short_rest(width))
         chunk = 32 if spills else 64
         return Tile(128, split(columns, 1, (32, 16)), 64, chunk, 8)
     if columns <= 208:  # the regions of an image, asked by attributes, whose number is rounded up to whole tiles
@@ -113,7 +114,8 @@ def forward(
 def backward(target: Target, dtype: torch.dtype, columns: int, width: int, *, dropped: bool, lean: bool) -> Tile:
     """The tile of the backward's row kernel for score rows of so many columns, and keys and values so wide.
 
-    lean: whether keys, values and the map have padded rows, and the map has no gradient of its own.
+    lean: whether keys, values and the map have padded rows, the map has no gradient of its own, and the kernel need not
+    divide row numbers.
     """
     if columns > WHOLE:
         return _long(dtype, chunk=32)
@@ -149,8 +151,8 @@ def _has_short_rest(width: int) -> bool:
 
 
 def _is_wide(columns: int) -> bool:
-    """Whether 16-bit rows take low tiles of wide blocks, whose weights wait in shared memory, whatever their bias:
-    above 208 columns, but for 305 to 320, whose tiles read keys less often.
+    """Whether 16-bit rows take low tiles of wide blocks, whose weights wait in shared memory, whatever else a thread
+    holds: above 208 columns, but for 305 to 320, whose tiles read keys less often where they can be high.
     """
     return columns > 208 and not 304 < columns <= 320
 
@@ -190,7 +192,7 @@ def _long(dtype: torch.dtype, chunk: int) -> Tile:
 
 
 def _blocks_of_64(columns: int) -> Groups:
-    """Groups of one block each. No block is narrower than a tile of 16 or 32 rows is high: warps share its columns."""
+    """Groups of one block each. No block is narrower than a tile of up to 64 rows is high: warps share its columns."""
     return ((64,),) * -(-columns // 64)
 
 
@@ -237,7 +239,7 @@ def product(target: Target, dtype: torch.dtype, width: int) -> ProductTile:
     """The tile of a long product with a result of so many columns: 128 of them where no more are computed for it."""
     wide = dtype != torch.float32 and -(-width // 128) * 128 == -(-width // 64) * 64
     warps = 8 if dtype == torch.float32 and target.capability >= 120 else 4
-    registers = 168 if dtype != torch.float32 and target.capability == 100 and not wide else None
+    registers = 168 if dtype != torch.float32 and 100 <= target.capability < 120 and not wide else None
     return ProductTile(64, 128 if wide else 64, 32, warps, registers=registers)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bda_fused.kernels import autotune, sums, tiles
-from bda_fused.kernels.launch import KIB, Launch, Target, layout, readable_width
+from bda_fused.kernels.launch import KIB, Launch, Target, has_padded_rows, layout, readable_width
 
 from bda_fused import functional as F
 from bda_fused.backends import triton as backend
@@ -53,7 +53,9 @@ def test_compiled_form_in_other_dtypes(name, dtype):
 @pytest.mark.parametrize("bias_by_row", [False, True])
 @pytest.mark.parametrize("keys", [16, 102, 128, 144, 196, 240, 304, 312, 400, 512, 600])
 def test_compiled_tile(keys, bias_by_row, dropout_p, dtype):
-    """Every entry of the table that sm_80 has, with a last tile that is not full and a width that no step divides."""
+    """Every entry of the table that sm_80 has for rows that are not padded, with a last tile that is not full and a width
+    that no step divides.
+    """
     bias = (35, keys) if bias_by_row else (keys,)
     shapes = (2, 35, 45), (keys, 45), (keys, 37), (2, 35, 37), bias
     with simulated():
@@ -62,7 +64,7 @@ def test_compiled_tile(keys, bias_by_row, dropout_p, dtype):
 
 def padded(x):
     """The rows of a folded operand."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 64))[..., : x.shape[-1]]
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 32))[..., : x.shape[-1]]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -103,8 +105,9 @@ def train(batch, *, attributes=21, regions=6, dim=20, dropout_p=0.0):
     return torch.autograd.grad(y.sin().sum(), [*leaves, bias])
 
 
+@pytest.mark.parametrize("sizes", [{}, {"attributes": 312, "regions": 312, "dim": 32}], ids=["small", "padded rows"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_no_batch_size_compiles_anything_anew(dropout_p, monkeypatch):
+def test_no_batch_size_compiles_anything_anew(dropout_p, sizes, monkeypatch):
     """What the compiler sees of the launches of a training step is the same for one image and for eight."""
     monkeypatch.setattr(backend, "can_run", lambda problem: None)
     seen = []
@@ -112,7 +115,7 @@ def test_no_batch_size_compiles_anything_anew(dropout_p, monkeypatch):
     keys = []
     for batch in range(1, 9):
         seen.clear()
-        train(batch, dropout_p=dropout_p)
+        train(batch, dropout_p=dropout_p, **sizes)
         keys.append({(launch.kernel.__name__, repr(launch.specialization()), repr(launch.options)) for launch in seen})
     assert all(key == keys[-1] for key in keys[1:])
     assert keys[0] <= keys[-1]  # with one image there are no sums over images
@@ -160,6 +163,16 @@ def test_what_is_compiled_in_of_strides():
     assert readable_width(torch.empty(5 * 352 - 2).as_strided((1, 1, 5, 350), (0, 0, 352, 1))) == 350, "it ends early"
     assert layout(torch.empty(5, 2, 1, 350).permute(1, 2, 0, 3)) == (2, 0)
     assert layout(packed.expand(2, 3, 5, 350)) == (2, 350)
+
+
+def test_which_rows_are_padded():
+    padded_rows = torch.empty(2, 1, 5, 352)[..., :350]
+    assert has_padded_rows(padded_rows)
+    assert has_padded_rows(padded_rows[:1].expand(2, 1, 5, 350)), "rows that images share"
+    assert not has_padded_rows(torch.empty(2, 1, 5, 350)), "not aligned"
+    assert not has_padded_rows(torch.empty(2, 1, 5, 368)[..., 1:351]), "they begin beside an aligned address"
+    assert not has_padded_rows(torch.empty(5 * 352 - 2).as_strided((1, 1, 5, 350), (0, 0, 352, 1))), "it ends early"
+    assert not has_padded_rows(torch.empty(2, 1, 5, 400)[..., :350]), "the kernel does not know their distance"
 
 
 def test_offsets_past_the_32_bit_range_are_computed_in_64_bits():
