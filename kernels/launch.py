@@ -155,7 +155,7 @@ class Rows:
 
     Batch axes that keys and values share belong to the rows. Where the memory of every operand with rows allows it,
     they become one axis with l; elsewhere, and where they lie very far apart, a kernel divides the row number
-    (``divided``).
+    (``divided``). ``lean``: it need not, and keys and values have padded rows, so that threads hold few addresses.
     """
 
     def __init__(
@@ -174,6 +174,7 @@ class Rows:
         self.divided = (images > 1 and shared_b) or (heads > 1 and shared_h) or far
         self.batch = (1 if shared_b else images), (1 if shared_h else heads)
         self.groups = self.batch[0] * self.batch[1]
+        self.lean = not self.divided and all(map(has_padded_rows, keys))
         self.length = (images if shared_b else 1) * (heads if shared_h else 1) * length
         self.arguments = {
             "ROWS": self.length,

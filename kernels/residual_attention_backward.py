@@ -17,7 +17,7 @@ from bda_fused.kernels.blocks import (
     weighted_rows,
     whole_chunks,
 )
-from bda_fused.kernels.launch import Launch, Rows, Target, has_padded_rows, layout, readable_width, strides
+from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_backward_rows
 from torch import Tensor
 
@@ -244,13 +244,7 @@ def plan_rows(
     holds all columns of the tile's blocks; those beyond S become 0.
     """
     rows = Rows(scores, keys=(key, value), rows=(grad_y, weights, grad_weights, grad_scores, grad_query))
-    lean = (
-        not rows.divided
-        and has_padded_rows(key)
-        and has_padded_rows(value)
-        and weights.stride(2) >= tiles.pitch(scores[3])
-        and grad_weights is None
-    )
+    lean = rows.lean and weights.stride(2) >= tiles.pitch(scores[3]) and grad_weights is None
     width = max(key.shape[3], value.shape[3])
     tile = tiles.backward(target, key.dtype, scores[3], width, dropped=keep_scale is not None, lean=lean)
     arguments = {

@@ -17,7 +17,7 @@ from bda_fused.kernels.blocks import (
     weighted_rows,
     whole_chunks,
 )
-from bda_fused.kernels.launch import Launch, Rows, Target, has_padded_rows, layout, readable_width, strides
+from bda_fused.kernels.launch import Launch, Rows, Target, layout, readable_width, strides
 from bda_fused.kernels.residual_attention_long import residual_attention_long_forward
 from torch import Tensor
 
@@ -251,7 +251,7 @@ def plan_forward(
     rows = Rows(scores, keys=(key, value), rows=(query, residual, attn_bias, y, weights))
     width = max(key.shape[3], value.shape[3])
     bias_by_row = attn_bias is not None and not rows.share(attn_bias)
-    lean = not rows.divided and has_padded_rows(key) and has_padded_rows(value)
+    lean = rows.lean
     if seed is not None and weights is not None:
         lean &= weights.stride(2) >= tiles.pitch(scores[3])
     tile = tiles.forward(
