@@ -37,6 +37,7 @@ CUDA_SOURCES = (
     "csrc/cuda/versions.cu",
 )
 DEFAULT_ARCHES = ("80", "90", "100", "120")
+OLDEST_ARCH = 80  # its PTX, made once, is what the code of every architecture is assembled from
 BYTES_PER_JOB = 2 * 1024**3  # what one nvcc may take
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
@@ -83,31 +84,31 @@ def find_nvcc(environ: Mapping[str, str], platform: str = sys.platform) -> Tool:
     return Tool(None, missing)
 
 
-def cuda_arches(arch_list: str | None, supported: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(compile for these, keep PTX of these), from TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "80 90") or the default.
+def cuda_arches(arch_list: str | None, supported: Sequence[str]) -> tuple[list[str], bool]:
+    """(assemble for these, whether to keep the PTX), from TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "80 90") or the default.
 
-    Of the default, what the compiler does not know is left out; what is asked for by name must be known.
+    Of the default, what the compiler does not know is left out; what is asked for by name must be known. "9.0a" and
+    "10.0f" are taken as 9.0 and 10.0: the kernels use nothing that only these have.
     """
     if not arch_list:
         known = [arch for arch in DEFAULT_ARCHES if arch in supported]
         if not known:
             raise SystemExit(f"this nvcc knows none of the architectures {', '.join(DEFAULT_ARCHES)}")
-        return known, known[-1:]
+        return known, True
     arches: dict[str, None] = {}  # keys in order: an architecture that is named twice is compiled once
-    ptx: dict[str, None] = {}
+    keep_ptx = False
     for item in re.split(r"[;,\s]+", arch_list.strip(";, \t\n")):
-        match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", item)
+        match = re.fullmatch(r"(\d+)\.?(\d)[af]?(\+PTX)?", item)
         if not match:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, got {item!r}")
         number = match[1] + match[2]
-        if int(number) < 80:
+        if int(number) < OLDEST_ARCH:
             raise SystemExit(f"the CUDA kernels need 8.0 or newer, got {item} in TORCH_CUDA_ARCH_LIST")
         if number not in supported:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST asks for {item}, but this nvcc knows {', '.join(supported)}")
-        arches[number + match[3]] = None
-        if match[4]:
-            ptx[number + match[3]] = None
-    return list(arches), list(ptx)
+        arches[number] = None
+        keep_ptx = keep_ptx or match[3] is not None
+    return list(arches), keep_ptx
 
 
 def parallel_jobs(environ: Mapping[str, str], cpus: int, free_bytes: int) -> int:
@@ -244,12 +245,13 @@ class BuildNative(build_ext):
     def _add_cuda(self, file: NinjaFile, nvcc: str, compile_cpp: str) -> dict[str, Any]:
         arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST")
         supported = re.findall(r"compute_(\d+)", _output(shlex.quote(nvcc), "--list-gpu-arch"))
-        arches, ptx = cuda_arches(arch_list, supported)
+        arches, keep_ptx = cuda_arches(arch_list, supported)
         left_out = [] if arch_list else [arch for arch in DEFAULT_ARCHES if arch not in arches]
         if left_out:
             print(f"bda_fused: this nvcc does not know, and the CUDA module leaves out: {', '.join(left_out)}")
-        gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
-        gencode += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
+        source = f"compute_{min(int(arch) for arch in supported if int(arch) >= OLDEST_ARCH)}"
+        ptx = [source] if keep_ptx else []
+        gencode = [f"-gencode=arch={source},code={code}" for code in [f"sm_{arch}" for arch in arches] + ptx]
         host = [f"-ccbin={shlex.quote(os.environ['CXX'])}"] if os.environ.get("CXX") else []
         command = " ".join([shlex.quote(nvcc), *host, *gencode])
         compilers = {".cpp": compile_cpp, ".cu": " ".join([command, *NVCC_FLAGS])}
@@ -259,7 +261,7 @@ class BuildNative(build_ext):
             "reason": self.nvcc.reason,
             "toolkit": version_of(shlex.quote(nvcc)),
             "arches": [f"sm_{arch}" for arch in arches],
-            "ptx": [f"compute_{arch}" for arch in ptx],
+            "ptx": ptx,
             "flags": list(NVCC_FLAGS),
         }
 

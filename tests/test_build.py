@@ -110,21 +110,21 @@ def test_other_wishes_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("arch_list", "supported", "arches", "ptx"),
+    ("arch_list", "supported", "arches", "keep_ptx"),
     [
-        (None, SUPPORTED, ["80", "90", "100", "120"], ["120"]),
-        ("", SUPPORTED, ["80", "90", "100", "120"], ["120"]),
-        (None, ("75", "80", "90"), ["80", "90"], ["90"]),
-        ("8.0", SUPPORTED, ["80"], []),
-        ("8.0;9.0+PTX", SUPPORTED, ["80", "90"], ["90"]),
-        (" 8.6, 9.0a 10.0+PTX; ", SUPPORTED, ["86", "90a", "100"], ["100"]),
-        ("80 12.0", SUPPORTED, ["80", "120"], []),
-        ("9.0;9.0+PTX;9.0", SUPPORTED, ["90"], ["90"]),
-        ("10.0f+PTX", SUPPORTED, ["100f"], ["100f"]),
+        (None, SUPPORTED, ["80", "90", "100", "120"], True),
+        ("", SUPPORTED, ["80", "90", "100", "120"], True),
+        (None, ("75", "80", "90"), ["80", "90"], True),
+        ("8.0", SUPPORTED, ["80"], False),
+        ("8.0+PTX;9.0", SUPPORTED, ["80", "90"], True),
+        (" 8.6, 9.0a 10.0+PTX; ", SUPPORTED, ["86", "90", "100"], True),
+        ("80 12.0", SUPPORTED, ["80", "120"], False),
+        ("9.0;9.0a+PTX;9.0", SUPPORTED, ["90"], True),
+        ("10.0f", SUPPORTED, ["100"], False),
     ],
 )
-def test_architectures(arch_list, supported, arches, ptx):
-    assert setup.cuda_arches(arch_list, supported) == (arches, ptx)
+def test_architectures(arch_list, supported, arches, keep_ptx):
+    assert setup.cuda_arches(arch_list, supported) == (arches, keep_ptx)
 
 
 @pytest.mark.parametrize(
