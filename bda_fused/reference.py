@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from bda_fused import _checks, losses, released
-from bda_fused.config import BDAConfig
+from bda_fused.config import MAX_SIZE, BDAConfig
 
 __all__ = [
     "BDA",
@@ -174,7 +174,7 @@ class RegionSelfAttention(Attention):
 
     Raises:
         TypeError: a grid that is not two integers.
-        ValueError: a height or width below 1.
+        ValueError: a height or width below 1 or above 65536.
     """
 
     geometry_table: Tensor
@@ -186,6 +186,8 @@ class RegionSelfAttention(Attention):
             raise TypeError(f"grid must be (H, W), two integers, got {grid!r}")
         if min(grid) < 1:
             raise ValueError(f"grid must be (H, W) of at least (1, 1), got {grid}")
+        if max(grid) > MAX_SIZE:
+            raise ValueError(f"grid must be (H, W) of at most {(MAX_SIZE, MAX_SIZE)}, got {grid}")
         self.grid = (grid[0], grid[1])
         self.geometry = nn.Linear(GEOMETRY_FEATURES, 1) if geometry else None
         self.register_buffer("geometry_table", geometry_features(self.grid), persistent=False)

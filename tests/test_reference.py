@@ -181,6 +181,7 @@ SMALL_CONFIG = BDAConfig(**SMALL)
         (lambda: SemanticSynthesisAttention(8, dropout=1.1), r"dropout must be in \[0, 1\], got 1.1"),
         (lambda: SemanticSynthesisAttention(8, kv_dropout=-1), r"kv_dropout must be in \[0, 1\], got -1"),
         (lambda: RegionSelfAttention(8, grid=(0, 3)), r"grid must be \(H, W\) of at least \(1, 1\), got \(0, 3\)"),
+        (lambda: RegionSelfAttention(8, grid=(9, 10**9)), r"\(H, W\) of at most \(65536, 65536\), got \(9, 10{9}\)"),
         (lambda: RegionSelfAttention(8, grid=(2, 3))(torch.rand(1, 5, 8)), "visual must have 2 x 3 = 6 regions, got 5"),
         (
             lambda: BDA(SMALL_CONFIG, torch.rand(7, 6), [5]),
