@@ -56,7 +56,15 @@ def whole_chunks(width, chunk, readable, dtype):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a, b = to_tf32(a), to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def to_tf32(x):
+    """x rounded to TF32's 10 bits: tensor cores cut float32 off, which is three times as far off, and to one side."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from bda_fused.kernels.launch import KIB, Launch, Target, has_padded_rows, layou
 from bda_fused import functional as F
 from bda_fused.backends import triton as backend
 from tests import gpu_resources
-from tests.attention_cases import FORMS, Case, assert_parity
+from tests.attention_cases import FORMS, Case, assert_parity, rsa, ssa, vsa
 from tests.simulated_kernels import SM80, simulated
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,22 @@ def test_compiled_form(name):
     with simulated() as reports:
         assert_parity(FORMS[name], "triton")
     assert reports
+
+
+@pytest.mark.parametrize(
+    "case",
+    [ssa(1, 33, 40, 64), vsa(2, 17, 84, 129), rsa(2, 13, 20), ssa(2, 5, 520, 33)],
+    ids=lambda case: str(case.key),
+)
+def test_float32_at_high_is_rounded_to_tf32(case):
+    """By the rule, whose yardstick rounds its factors there; tensor cores alone would cut them off."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with simulated():
+            assert_parity(case.but(dtype=torch.float32), "triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.slow
