@@ -17,6 +17,7 @@ class NativeModuleError(RuntimeError):
     """An extension module was not built, or does not load."""
 
 
+@lru_cache
 def build_info() -> dict[str, Any]:
     """What setup.py decided and found when the package was installed; empty where it never ran."""
     path = _PACKAGE / "_build_info.json"

@@ -233,6 +233,12 @@ def test_refusals_of_a_problem(given, sentence):
     ("driver", "capability", "sentence"),
     [
         (0, (8, 0), "the cuda backend needs an NVIDIA driver, and there is none"),
+        (
+            13000,
+            (9, 0),
+            "the cuda backend was built for sm_80, sm_100, and this GPU has compute capability 9.0; "
+            "install again with it in TORCH_CUDA_ARCH_LIST",
+        ),
         (12080, (8, 0), "the cuda backend was built with CUDA 13, and the driver runs CUDA 12 at most"),
         (13000, (7, 5), "the cuda backend needs compute capability 8.0 or newer, got 7.5"),
         (13000, (8, 0), None),
@@ -242,8 +248,27 @@ def test_refusals_of_a_machine(driver, capability, sentence, monkeypatch):
     module = SimpleNamespace(runtime_version=lambda: 13000, driver_version=lambda: driver)
     monkeypatch.setattr(_native, "status", lambda name: None)
     monkeypatch.setattr(_native, "module", lambda name: module)
+    monkeypatch.setattr(_native, "build_info", lambda: {"_cuda": {"arches": ["sm_80", "sm_100"], "ptx": []}})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert cuda.can_run(problem()) == sentence
+
+
+@pytest.mark.parametrize(
+    ("capability", "arches", "ptx", "runs"),
+    [
+        ((8, 0), ["sm_80"], [], True),
+        ((8, 9), ["sm_80"], [], True),
+        ((8, 0), ["sm_86"], [], False),
+        ((9, 0), ["sm_80"], [], False),
+        ((9, 0), ["sm_80"], ["compute_80"], True),
+        ((12, 1), ["sm_80", "sm_120"], [], True),
+        ((10, 0), ["sm_90", "sm_120"], [], False),
+        ((8, 0), ["sm_90"], ["compute_86"], False),
+        ((13, 0), ["sm_80"], ["compute_80"], True),
+    ],
+)
+def test_code_runs_on_its_own_generation_and_ptx_on_all_later_ones(capability, arches, ptx, runs):
+    assert cuda.has_code_for(capability, arches, ptx) is runs
 
 
 def test_missing_module_is_the_reason(monkeypatch):

@@ -64,7 +64,24 @@ def can_run(problem: Problem) -> str | None:
     capability = torch.cuda.get_device_capability(problem.device)
     if capability < (8, 0):
         return f"the cuda backend needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    built = _native.build_info()["_cuda"]
+    if not has_code_for(capability, built["arches"], built["ptx"]):
+        built_for = ", ".join(built["arches"] + built["ptx"])
+        return (
+            f"the cuda backend was built for {built_for}, and this GPU has compute capability "
+            f"{capability[0]}.{capability[1]}; install again with it in TORCH_CUDA_ARCH_LIST"
+        )
     return None
+
+
+def has_code_for(capability: tuple[int, int], arches: Sequence[str], ptx: Sequence[str]) -> bool:
+    """Whether a module built for these ("sm_80", "compute_80") runs: code on its own major version's GPUs from its
+    minor version up, PTX on every newer GPU.
+    """
+    major, minor = capability
+    codes = [divmod(int(arch.removeprefix("sm_")), 10) for arch in arches]
+    sources = [divmod(int(arch.removeprefix("compute_")), 10) for arch in ptx]
+    return any(x == major and y <= minor for x, y in codes) or any(source <= capability for source in sources)
 
 
 def advice(problem: Problem) -> str | None:
