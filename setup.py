@@ -87,8 +87,9 @@ def find_nvcc(environ: Mapping[str, str], platform: str = sys.platform) -> Tool:
 def cuda_arches(arch_list: str | None, supported: Sequence[str]) -> tuple[list[str], bool]:
     """(assemble for these, whether to keep the PTX), from TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "80 90") or the default.
 
-    Of the default, what the compiler does not know is left out; what is asked for by name must be known. "9.0a" and
-    "10.0f" are taken as 9.0 and 10.0: the kernels use nothing that only these have.
+    Of the default, what the compiler does not know is left out; what is asked for by name must be known. Of a list for
+    all of a machine's packages, what is older than 8.0 is left out. "9.0a" and "10.0f" are taken as 9.0 and 10.0: the
+    kernels use nothing that only these have.
     """
     if not arch_list:
         known = [arch for arch in DEFAULT_ARCHES if arch in supported]
@@ -103,11 +104,15 @@ def cuda_arches(arch_list: str | None, supported: Sequence[str]) -> tuple[list[s
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, got {item!r}")
         number = match[1] + match[2]
         if int(number) < OLDEST_ARCH:
-            raise SystemExit(f"the CUDA kernels need 8.0 or newer, got {item} in TORCH_CUDA_ARCH_LIST")
+            continue
         if number not in supported:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST asks for {item}, but this nvcc knows {', '.join(supported)}")
         arches[number] = None
         keep_ptx = keep_ptx or match[3] is not None
+    if not arches:
+        raise SystemExit(
+            f"the CUDA kernels need 8.0 or newer, got only older ones in TORCH_CUDA_ARCH_LIST: {arch_list}"
+        )
     return list(arches), keep_ptx
 
 
@@ -239,7 +244,10 @@ class BuildNative(build_ext):
         (build / "build.ninja").write_text("\n".join(file.lines) + "\n")
         jobs = parallel_jobs(os.environ, os.cpu_count() or 1, free_memory())
         if subprocess.call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "-j", str(jobs)]) != 0:
-            raise SystemExit("the extension modules of bda_fused do not compile; the compiler's messages stand above")
+            raise SystemExit(
+                "the extension modules of bda_fused do not compile; the compiler's messages stand above "
+                "(BDA_FUSED_CUDA=0 leaves out the CUDA module)"
+            )
         return self._placed(info, build)
 
     def _add_cuda(self, file: NinjaFile, nvcc: str, compile_cpp: str) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def test_other_wishes_are_refused():
         ("80 12.0", SUPPORTED, ["80", "120"], False),
         ("9.0;9.0a+PTX;9.0", SUPPORTED, ["90"], True),
         ("10.0f", SUPPORTED, ["100"], False),
+        ("7.5 8.0 8.6 9.0+PTX", SUPPORTED, ["80", "86", "90"], True),
     ],
 )
 def test_architectures(arch_list, supported, arches, keep_ptx):
@@ -133,7 +134,7 @@ def test_architectures(arch_list, supported, arches, keep_ptx):
         (None, ("70", "75"), "this nvcc knows none of the architectures 80, 90, 100, 120"),
         ("Hopper", SUPPORTED, r"must look like 8.0;9.0\+PTX, got 'Hopper'"),
         ("9.0+SASS", SUPPORTED, r"must look like 8.0;9.0\+PTX, got '9.0\+SASS'"),
-        ("8.0;7.5", SUPPORTED, "the CUDA kernels need 8.0 or newer, got 7.5"),
+        ("7.0;7.5+PTX", SUPPORTED, r"need 8.0 or newer, got only older ones in TORCH_CUDA_ARCH_LIST: 7.0;7.5\+PTX"),
         ("13.0", SUPPORTED, "asks for 13.0, but this nvcc knows 75, 80, 86, 90, 100, 120"),
     ],
 )
