@@ -31,11 +31,13 @@ def is_finite(number: Real | float) -> bool:
 
 
 def check_finite(name: str, number: Any, allowed: str = "a finite float") -> None:
-    """A real number that is finite as a float, or TypeError or ValueError."""
+    """A real number that is finite as a float32, whatever the operands' dtype, or TypeError or ValueError."""
     if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{name} must be {allowed}, got {type(number).__name__}")
     if not is_finite(number):
         raise ValueError(f"{name} must be {allowed}, got {number}")
+    if abs(float(number)) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be in the range of float32, got {number}")
 
 
 def check_probability(name: str, p: Any) -> None:

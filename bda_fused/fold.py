@@ -126,7 +126,7 @@ def attend(
 def _check_inputs(module: Attention, queries: Tensor, source: Tensor, dtypes: Dtypes) -> None:
     name, dim = type(module).__name__, module.q_proj.in_features
     for x in (queries, source):
-        if x.dim() < 2 or x.shape[-1] != dim:
+        if x.dim() not in (2, 3) or x.shape[-1] != dim:
             raise ValueError(
                 f"the inputs of {name} must be (rows, {dim}) or (B, rows, {dim}), got shape {tuple(x.shape)}"
             )

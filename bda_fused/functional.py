@@ -43,7 +43,7 @@ def residual_attention(
         key: (..., S, Dk), of the query's dtype.
         value: (..., S, Dv), of the query's dtype.
         residual: (..., L, Dv) of any float dtype, or None for 0.
-        scale: finite factor of the scores, of any sign; default Dk ** -0.5.
+        scale: finite factor of the scores, in the range of float32, of any sign; default Dk ** -0.5.
         attn_bias: float tensor added to the scaled scores, of any float dtype; (S,), (L, S), (B, 1, S), (B, L, S) or,
             with heads, any 4-D shape that broadcasts to (B, H, L, S). -inf masks a key; a row without any key left has
             weights 0 and returns the residual.

@@ -62,7 +62,7 @@ class Attention(nn.Module):
     Raises:
         TypeError: a size that is no integer, or a scale or a probability that is no number.
         ValueError: a size below 1, heads that do not divide ``dim``, a probability outside [0, 1], or a scale that is
-            not finite.
+            not finite in float32.
     """
 
     def __init__(

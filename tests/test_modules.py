@@ -445,6 +445,7 @@ def test_a_parametrised_projection_is_folded():
     [
         (((2, 6, 8), (5, 7)), ValueError, r"must be \(rows, 8\) or \(B, rows, 8\), got shape \(5, 7\)"),
         (((2, 6, 8), (8,)), ValueError, r"must be \(rows, 8\) or \(B, rows, 8\), got shape \(8,\)"),
+        (((2, 3, 6, 8), (5, 8)), ValueError, r"must be \(rows, 8\) or \(B, rows, 8\), got shape \(2, 3, 6, 8\)"),
         (
             ((2, 6, 8), (3, 5, 8)),
             ValueError,

@@ -176,6 +176,7 @@ SMALL_CONFIG = BDAConfig(**SMALL)
         (lambda: SemanticSynthesisAttention(8, num_heads=-2), "num_heads must be at least 1, got -2"),
         (lambda: SemanticSynthesisAttention(8, num_heads=3), "dim must be a multiple .* got dim=8, num_heads=3"),
         (lambda: SemanticSynthesisAttention(8, scale=10**400), "scale must be a finite float or None, got 1000"),
+        (lambda: SemanticSynthesisAttention(8, scale=1e39), r"scale must be in the range of float32, got 1e\+39"),
         (lambda: SemanticSynthesisAttention(8, kv_scale=math.inf), "kv_scale must be a finite float, got inf"),
         (lambda: FeedForward(8, 0), "hidden_dim must be at least 1, got 0"),
         (lambda: SemanticSynthesisAttention(8, dropout=1.1), r"dropout must be in \[0, 1\], got 1.1"),

@@ -109,6 +109,7 @@ WRONG_CALLS = [
     (call, {"scale": float("nan")}, ValueError, "scale must be a finite float or None, got nan"),
     (call, {"scale": float("inf")}, ValueError, "scale must be a finite float or None, got inf"),
     (call, {"scale": 10**400}, ValueError, "scale must be a finite float or None, got 1000"),
+    (call, {"scale": -1e39}, ValueError, "scale must be in the range of float32, got -1e+39"),
     (call, {"scale": "auto"}, TypeError, "scale must be a finite float or None, got str"),
     (call, {"scale": torch.ones(())}, TypeError, "scale must be a finite float or None, got Tensor"),
     (call, {"dropout_p": -1}, ValueError, "dropout_p must be in [0, 1], got -1"),
