@@ -35,13 +35,11 @@ LEAST = rsa(2, 13, 20, masked=1.0, mask=torch.finfo(torch.float32).min)
 # What is wrong, file, what the file says, what it says instead, the case that must fail, and how.
 MUTATIONS = [
     ("keys behind the last are not masked", "softmax.cuh", "key >= args.keys ? -INFINITY", "key < 0 ? -INFINITY", SSA, AssertionError),
-    ("the scale is lost", "softmax.cuh", "args.scale * kLog2e", "kLog2e", SSA, AssertionError),
     ("a warp overtakes another", "products.cuh", "    meet();\n", "", ssa(2, 21, 13, 200), ptxsim.Fault),
     ("the map is read before it is complete", "row_kernel.cuh", "  __syncthreads();  // the map is complete\n", "", SSA, ptxsim.Fault),
     ("rows of odd address lose their shift", "copy.cuh", "8 * (shift & 3)", "0", SSA, AssertionError),
     ("what lies behind a row is multiplied", "products.cuh", "if (valid < 16) x = cut(x, valid);", "", ssa(2, 21, 13, 23, layout={"query": with_nan_behind}), AssertionError),
     ("a slice is overwritten while it is read", "store.cuh", "row_tile % 2 * shared.kSlice", "0 * row_tile", SSA, ptxsim.Fault),
-    ("rows that stay are added from the row above", "store.cuh", "Shared::kLeftPitch * row;", "Shared::kLeftPitch * (row ^ 8);", STAYING, AssertionError),
     ("the last column of a run spills into the next row", "store.cuh", "column + column_in_unit + k < size", "true", SSA, (AssertionError, ptxsim.Fault)),
     ("Philox has a round too few", "philox.cuh", "round < 10", "round < 9", DROPOUT, AssertionError),
     ("the mask is missing in dP", "gradient.cuh", "keep.x[e] ? scores[i][j][e] * args.keep_scale : 0.f", "scores[i][j][e]", DROPOUT, AssertionError),
@@ -52,6 +50,8 @@ MUTATIONS = [
 
 # The same, for the tests marked slow: each compiles both kernels anew.
 MORE = [
+    ("the scale is lost", "softmax.cuh", "args.scale * kLog2e", "kLog2e", SSA, AssertionError),
+    ("rows that stay are added from the row above", "store.cuh", "Shared::kLeftPitch * row;", "Shared::kLeftPitch * (row ^ 8);", STAYING, AssertionError),
     ("a lane is left out of the row's maximum and sum", "reduce.cuh", "x[i][half], 2)", "x[i][half], 0)", SSA, AssertionError),
     ("the bias is not in units of log 2", "softmax.cuh", "+= in_log2(bias[key])", "+= bias[key]", rsa(2, 13, 20), AssertionError),
     ("the least float becomes -inf", "softmax.cuh", "__fmul_rz(bias, kLog2e)", "bias * kLog2e", LEAST, AssertionError),
