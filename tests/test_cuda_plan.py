@@ -268,7 +268,7 @@ def test_refusals_of_a_machine(driver, capability, sentence, monkeypatch):
     ],
 )
 def test_code_runs_on_its_own_generation_and_ptx_on_all_later_ones(capability, arches, ptx, runs):
-    assert cuda.has_code_for(capability, arches, ptx) is runs
+    assert cuda.has_code_for(capability, tuple(arches), tuple(ptx)) is runs
 
 
 def test_missing_module_is_the_reason(monkeypatch):

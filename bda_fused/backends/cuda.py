@@ -65,7 +65,7 @@ def can_run(problem: Problem) -> str | None:
     if capability < (8, 0):
         return f"the cuda backend needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     built = _native.build_info()["_cuda"]
-    if not has_code_for(capability, built["arches"], built["ptx"]):
+    if not has_code_for(capability, tuple(built["arches"]), tuple(built["ptx"])):
         built_for = ", ".join(built["arches"] + built["ptx"])
         return (
             f"the cuda backend was built for {built_for}, and this GPU has compute capability "
@@ -74,7 +74,8 @@ def can_run(problem: Problem) -> str | None:
     return None
 
 
-def has_code_for(capability: tuple[int, int], arches: Sequence[str], ptx: Sequence[str]) -> bool:
+@lru_cache  # asked at every call
+def has_code_for(capability: tuple[int, int], arches: tuple[str, ...], ptx: tuple[str, ...]) -> bool:
     """Whether a module built for these ("sm_80", "compute_80") runs: code on its own major version's GPUs from its
     minor version up, PTX on every newer GPU.
     """
